@@ -2,7 +2,7 @@
 
 The folder holds what a finished run holds, so that whatever takes a run takes it: `assess`, `compare`,
 `latent`, `view`, `explain`. Each SAE has the site of the store that it reads, by its own
-file or as it is named here.
+file or as it is named here. A crosscoder of two models reads those of two stores.
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,9 @@ from saemill.common.sae.parts import Joined
 from saemill.common.sae.sae import Sae
 from saemill.common.stores import runs
 from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.joined import model_of
 from saemill.common.stores.mask import MaskConfig
-from saemill.common.stores.site_names import JOINT, parts_of
+from saemill.common.stores.site_names import BESIDE, JOINT, is_beside, parts_of
 from saemill.common.stores.tokens import TokenStore
 from saemill.convert import check_new, config_of, new
 
@@ -31,6 +32,7 @@ def import_run(
     acts: Path | str,
     out: Path,
     *,
+    with_acts: Path | str | None = None,
     model: str | None = None,
     format: str | None = None,
     site: str | None = None,
@@ -42,6 +44,7 @@ def import_run(
         paths: folders or files of any format, or hf://user/repo/folder.
         acts: the activation store.
         out: where to; a new or empty folder.
+        with_acts: the store of the second model, of crosscoders of two.
         model: hub id or folder of the model, if not where it was cached from; its config tells the site of
             a hook.
         format: name of the format, where files are of several.
@@ -54,7 +57,7 @@ def import_run(
         DiskError: the disk is full, or the folder may not be written to.
     """
     check_new(out)
-    store = ActivationStore(acts)
+    store = ActivationStore(acts, with_acts)
     store.check_finished()
     saes: dict[str, Sae] = {}
     for path, name in zip(paths, names_of(paths), strict=True):
@@ -64,6 +67,8 @@ def import_run(
             saes[name] = _placed(sae, store, model, {"site": site, "target_site": target_site})
         except ConfigError as error:
             raise ConfigError(str(error) if path in str(error) else f"{path}: {error}") from error
+    if with_acts is not None and not any(_is_of_two(str(sae.site)) for sae in saes.values()):
+        raise ConfigError(f"with_acts has no effect: no SAE joins a site of {with_acts}; leave it out")
     mask = _one_mask({name: _mask(sae, store) for name, sae in saes.items()})
     with new(out) as partial:
         for name, sae in saes.items():
@@ -116,6 +121,10 @@ def _placed(sae: Sae, store: ActivationStore, model: str | None, given: dict[str
     hooks = {"site": origin.get("hook_name"), "target_site": origin.get("hook_name_out")}
     joined = {"site": sae.config.joined, "target_site": sae.config.predicted}
     found = {end: given[end] or _site(store, model, origin.get(end), hooks[end], joined[end]) for end in ends}
+    if store.beside is None and (of_two := [name for name in found.values() if name and _is_of_two(name)]):
+        raise ConfigError(
+            f"it joins sites of two stores, {of_two[0]}; name the second model's with --with-acts"
+        )
     for end, width in ends.items():
         if (name := found[end]) is None:
             raise ConfigError(
@@ -129,6 +138,7 @@ def _placed(sae: Sae, store: ActivationStore, model: str | None, given: dict[str
         "model": settings.model,
         "revision": settings.revision,
         "acts_fingerprint": store.fingerprint,
+        **({} if store.beside is None else {"with": model_of(store.beside)}),
         "diverged_at_step": None,
         "trained_on_model": origin.get("model"),
     }
@@ -136,6 +146,11 @@ def _placed(sae: Sae, store: ActivationStore, model: str | None, given: dict[str
     config = replace(config, joined=_renamed(config.joined, found["site"]))
     config = replace(config, predicted=_renamed(config.predicted, found.get("target_site")))
     return Sae.of(replace(sae.parts, config=config))
+
+
+def _is_of_two(site: str) -> bool:
+    """Tell whether a name joins a site of a second store."""
+    return any(is_beside(part) for part in parts_of(site))
 
 
 def _renamed(parts: tuple[Joined, ...], site: str | None) -> tuple[Joined, ...]:
@@ -156,6 +171,8 @@ def _site(
     """
     if joined:
         return JOINT.join(_site(store, model, part.site, None, ()) or part.site for part in joined)
+    if site is not None and is_beside(site) and store.beside is not None:
+        return f"{BESIDE}{_site(store.beside, None, site.removeprefix(BESIDE), None, ())}"
     if site in store.sites or (site is None and hook is None):
         return site
     name = model or store.settings.model
@@ -219,6 +236,7 @@ def _record(
         variants=tuple(cfgs),
         cfgs=cfgs,
         acts=store.place,
+        with_acts=None if store.beside is None else store.beside.place,
         steps=0,
         tokens=0,
         seconds=0.0,

@@ -1,12 +1,14 @@
 """SAEs that were trained elsewhere, as a run on cached activations."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from caching import cache, tokenized
+from peers import require_peers, run_in_peers
 from saes import make_sae, make_transcoder
 
 from saemill import Sae
@@ -17,6 +19,7 @@ from saemill.assess.run import run as assess
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.sae import formats
 from saemill.common.sae.formats.hooks import Hook
+from saemill.common.sae.parts import Joined
 from saemill.common.stores import runs
 from saemill.common.stores.activations import ActivationStore
 from saemill.hub.contents import contents_of
@@ -84,6 +87,63 @@ def test_a_transcoder_gets_the_sites_that_are_named(acts: Path, tmp_path: Path) 
     assert trained.is_imported
     assert (sae.site, sae.target_site) == ("layers.1", "layers.1.mlp")
     assert all(torch.equal(a, b) for a, b in zip(sae.parameters(), theirs.parameters(), strict=True))
+
+
+def test_a_crosscoder_of_two_models_takes_both_stores(
+    acts: Path, tiny_models: dict[str, str], tmp_path: Path
+) -> None:
+    """Oracle: the sites and weights of the file, which names both; the run is open to `assess` on both
+    stores; one store, or a second that no SAE reads, is refused with advice that works."""
+    other = tmp_path / "other"
+    cache(acts.parent / "tokens", tiny_models["llama"], other, sites=("layers.1",))
+    joined = tuple(Joined(site, D, 1.0) for site in ("layers.1", "with.layers.1"))
+    theirs = make_sae(2 * D)
+    config = replace(theirs.config, joined=joined, provenance={"site": "layers.1+with.layers.1"})
+    theirs = Sae.of(replace(theirs.parts, config=config))
+    theirs.save(tmp_path / "crosscoder")
+    path = [str(tmp_path / "crosscoder")]
+    with pytest.raises(ConfigError, match=r"joins sites of two stores, .*; name .* with --with-acts"):
+        import_run(path, acts, tmp_path / "run")
+    import_run(path, acts, tmp_path / "run", with_acts=other)
+    trained = open_run(AssessConfig(run=tmp_path / "run"), torch.device("cpu"))
+    sae = trained.saes["crosscoder"]
+    assert sae.site == "layers.1+with.layers.1"
+    assert sae.config.provenance["with"]["model"] == tiny_models["llama"]
+    assert all(torch.equal(a, b) for a, b in zip(sae.parameters(), theirs.parameters(), strict=True))
+    assert trained.store.beside is not None
+    assert run_problems(tmp_path / "run") == []
+    make_sae(D).save(tmp_path / "alone")
+    with pytest.raises(ConfigError, match="with_acts has no effect: no SAE joins a site of"):
+        import_run([str(tmp_path / "alone")], acts, tmp_path / "both", with_acts=other, site="layers.1")
+
+
+def test_a_file_that_saelens_wrote(acts: Path, tmp_path: Path) -> None:
+    """Oracle: SAELens, which made the SAE and saved it with the hook that it was trained on, and encodes and
+    decodes cached activations with it; its FVU and L0 on all held-out tokens by numpy."""
+    require_peers()
+    store = ActivationStore(acts)
+    kept = [store.keep_addresses(i, store.mask, True) for i in range(store.n_shards)]
+    x_TD = store.read("layers.1", 0, store.n_tokens).float()[torch.from_numpy(np.concatenate(kept))].numpy()
+    np.save(tmp_path / "x.npy", x_TD)
+    folder, out = tmp_path / "theirs" / "blocks.1.hook_resid_post", tmp_path / "y.npz"
+    run_in_peers(
+        tmp_path,
+        {
+            "do": "make_saelens", "folder": folder, "d_in": D, "d_sae": 64, "k": 5,
+            "metadata": {"hook_name": "blocks.1.hook_resid_post", "model_name": "theirs"},
+        },
+        {"do": "encode", "format": "saelens", "folder": folder, "x": tmp_path / "x.npy", "out": out},
+    )  # fmt: skip
+    import_run([str(folder)], acts, tmp_path / "run")
+    (entry,) = assess(AssessConfig(run=tmp_path / "run", device="cpu", with_model=False, n_latents=0))[
+        "variants"
+    ]
+    theirs = np.load(out)
+    error_TD = x_TD.astype(np.float64) - theirs["reconstruction"]
+    fvu = np.square(error_TD).sum() / np.square(x_TD - x_TD.mean(0, dtype=np.float64)).sum()
+    assert entry["site"] == "layers.1"
+    assert entry["metrics"]["fvu"]["value"] == pytest.approx(fvu, rel=1e-4)
+    assert entry["metrics"]["l0"]["value"] == pytest.approx((theirs["latents"] > 0).sum(1).mean(), rel=1e-4)
 
 
 def test_the_mask_is_that_of_the_file(acts: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.report import machine, table
 from saemill.assess.config import AssessConfig
 from saemill.assess.evalset import EvalSet
-from saemill.assess.inputs import open_model, open_run, open_tokens
+from saemill.assess.inputs import open_models, open_run, open_tokens
 from saemill.assess.measure import site_of
 from saemill.assess.reconstruction import Reconstruction
 from saemill.assess.splicing import Splicing
@@ -75,20 +75,20 @@ def measure(args: argparse.Namespace) -> list[list[str]]:
     config = AssessConfig(run=args.run, device="cpu", batch_size=8)
     trained = open_run(config, CPU)
     other = open_tokens(config, trained)
-    model, _ = open_model(config, trained, other, CPU)
+    models, _ = open_models(config, trained, other, CPU)
     with World.here().connected(CPU) as everyone:
-        evalset = EvalSet(trained.store, other, model, trained.mask, trained.sites, 8, everyone)
+        evalset = EvalSet(trained.store, other, models[0], trained.mask, trained.sites, 8, everyone)
         saes = {name: sae for name, sae in trained.saes.items() if sae.config.k}
         sites = {name: site_of(sae) for name, sae in saes.items()}
         (site,) = set(sites.values())
         chunks = list(evalset.chunks(args.tokens))
         batches = list(torch.split(torch.cat([chunk.x[site].float() for chunk in chunks]), 4096))
-        known = Splicing({}, {}, evalset, model, None).run(8 * evalset.tokens.ctx_len)
+        known = Splicing({}, {}, evalset, models, None).run(8 * evalset.tokens.ctx_len)
         work = {
             "reconstruct": lambda: Reconstruction(saes, sites, evalset).run(chunks),
             "encode": lambda: [encoder() for encoder in encoders],
-            "splice": lambda: Splicing(saes, sites, evalset, model, None, known).run(args.tokens),
-            "forward": forward(model, evalset, args.tokens),
+            "splice": lambda: Splicing(saes, sites, evalset, models, None, known).run(args.tokens),
+            "forward": forward(models[0], evalset, args.tokens),
         }
         encoders = [encode(sae, batches) for sae in saes.values()]
         n_read = len(saes) * sum(map(len, batches))

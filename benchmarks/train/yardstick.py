@@ -81,7 +81,7 @@ class Yardstick:
         rows, losses = self.known or (None, None)
         reconstruction = Reconstruction(saes, sites, self.evalset, rows)
         reconstruction.run(self.evalset.chunks(self.max_tokens))
-        splicing = Splicing(saes, sites, self.evalset, self.model, self.no_loss, losses)
+        splicing = Splicing(saes, sites, self.evalset, [self.model], self.no_loss, losses)
         splicing.run(self.model_tokens)
         self.known = self.known or (reconstruction, splicing)
         defaults = AssessConfig(run=Path())

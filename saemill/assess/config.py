@@ -50,6 +50,12 @@ class AssessConfig:
     )
     local_cache: str | None = like(KeptLocally, "local_cache")
     model: str | None = setting(None, "The model, if not where it was cached from", decides=False)
+    with_acts_model: str | None = setting(
+        None,
+        "The second model of a crosscoder of two, if not where it was cached from",
+        decides=False,
+        later=True,
+    )
     with_model: bool = setting(True, "Measure losses with the SAE spliced into the model")
     tokens: Path | None = setting(None, "Assess on this token store, not the held-out rows")
     out: Path | None = setting(None, "Where to write", by_default="the run's folder", decides=False)
@@ -113,6 +119,8 @@ class AssessConfig:
             raise ConfigError("variant has no effect where no latent is shown; leave it out")
         if self.model is not None and not self.with_model and self.tokens is None:
             raise ConfigError("model has no effect with --no-model; leave one out")
+        if self.with_acts_model is not None and not self.with_model:
+            raise ConfigError("with_acts_model has no effect with --no-model; leave one out")
         if self.spread.device_map is not None and not self.with_model:
             raise ConfigError("device_map has no effect with --no-model; leave one out")
         if self.probe_k and not self.probes:

@@ -17,7 +17,7 @@ from saemill.assess.directions import found_in, norm_shares, siblings
 from saemill.assess.latent_figures import dense_latents, latent_figures
 from saemill.assess.reader import PassageReader, Reader, reader_of
 from saemill.assess.reconstruction import FAR_METRICS, Reconstruction
-from saemill.assess.splicing import SEVERAL, Splicing, absent_metrics
+from saemill.assess.splicing import Splicing, absent_metrics
 from saemill.assess.sums import Figure, Ratio, Split, absent, number
 from saemill.common import config as settings
 from saemill.common.log import counted
@@ -63,7 +63,8 @@ class Measured:
         return entries
 
     def ranking(self, left_out: dict[str, tuple[Sae, str]], beside: "Beside") -> list[Entry]:
-        """Sort the entries, best first, each compared with its baselines and with the best.
+        """Sort the entries, best first, each compared with its baselines and with the best of those that
+        replace the same sites.
 
         Args:
             left_out: variants that were not measured, each with the reason; they come last.
@@ -79,13 +80,22 @@ class Measured:
             instead = {"not_measured": reason, "verdict": reason.partition(":")[0]}
             entries.append(self._entry(name, sae, metrics, []) | instead)
         entries = verdict.order(entries, for_each(list(saes), self._loss, everyone))
-        best = entries[0]["name"]
-        others = [name for name in saes if name != best]
-        versus = for_each(others, lambda name: self._versus(name, best), everyone)
+        best_of = {e["name"]: group[0]["name"] for group in verdict.groups(entries).values() for e in group}
+        others = [name for name in saes if name != best_of[name]]
+        versus = for_each(others, lambda name: self._versus(name, best_of[name]), everyone)
         for entry in entries:
             if entry["name"] in versus:
                 entry["versus_best"] = versus[entry["name"]]
         return entries
+
+    def bests(self, entries: list[Entry]) -> list[dict[str, Any]]:
+        """List the best of each group of variants that replace the same sites, of some that are sorted."""
+        measured = verdict.groups(entry for entry in entries if entry["not_measured"] is None)
+        names = {site: group[0]["name"] for site, group in measured.items()}
+        return [
+            {"site": site, "variant": name, "on_other_documents": self.on_other_documents(name)}
+            for site, name in names.items()
+        ]
 
     def on_other_documents(self, best: str) -> dict[str, Any]:
         """Compute the best variant's figures on documents that had no part in choosing it."""
@@ -324,18 +334,13 @@ class Measured:
 
     @property
     def _losses(self) -> Splicing | None:
-        """Return the losses, if there are any that mean something, of all variants: a crosscoder has none of
-        its own."""
-        if isinstance(self.splicing, str) or self.splicing.no_loss:
-            return None
-        return self.splicing if all("" in places for places in self.splicing.places.values()) else None
+        """Return the losses, if there are any that mean something."""
+        return None if isinstance(self.splicing, str) or self.splicing.no_loss else self.splicing
 
     def _cost(self, name: str) -> Ratio | str:
         """Compute ΔCE of one SAE, or say why it has none."""
         if isinstance(self.splicing, str):
             return self.splicing
-        if "" not in self.splicing.places[name]:
-            return SEVERAL
         return self.splicing.no_loss or self.splicing.ratios(name)["delta_ce"]
 
     def _loss(self, name: str) -> float:
@@ -349,16 +354,12 @@ class Measured:
     def _versus(self, name: str, best: str) -> dict[str, Figure]:
         """Compute differences to the best variant, value minus the best's, over the same documents: those
         that had no part in choosing it."""
-        sums, sites = self.reconstruction.sums, self.reconstruction.sites
-        differences: dict[str, Figure] = {}
-        if sites[name] == sites[best]:
-            fvu = self.reconstruction.ratios(name)["fvu"]
-            difference = fvu.above - sums.column(f"{best}/sse")
-            differences["fvu"] = self._split.reported_on.figure(replace(fvu, above=difference))
+        fvu = self.reconstruction.ratios(name)["fvu"]
+        difference = fvu.above - self.reconstruction.sums.column(f"{best}/sse")
+        differences = {"fvu": self._split.reported_on.figure(replace(fvu, above=difference))}
         if self._losses:
-            sums = self._losses.sums
-            difference = sums.column(f"{name}/ce") - sums.column(f"{best}/ce")
-            ratio = Ratio(difference, sums.column("n"))
+            cost = self._losses.ratios(name)["delta_ce"]
+            ratio = replace(cost, above=cost.above - self._losses.ratios(best)["delta_ce"].above)
             differences["delta_ce"] = self._model_split.reported_on.figure(ratio)
         for variant in (name, best):
             if reason := self.reconstruction.unusable(variant):

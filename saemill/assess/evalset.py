@@ -20,7 +20,7 @@ from saemill.common.stores.followed import FollowedStore
 from saemill.common.stores.joined import JoinedSite
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.site_array import SiteArray
-from saemill.common.stores.site_names import BESIDE, is_joined, parts_of
+from saemill.common.stores.site_names import is_joined, parts_of
 from saemill.common.stores.tokens import TokenStore
 from saemill.common.world import Group
 
@@ -157,8 +157,8 @@ class EvalSet:
 
     @property
     def model_sites(self) -> list[str]:
-        """List the sites of the model that was cached: neither joined ones, nor those of a second model."""
-        return [site for site in self.sites if not is_joined(site) and not site.startswith(BESIDE)]
+        """List the sites that a model has, the second one's among them: those that are not joined."""
+        return [site for site in self.sites if not is_joined(site)]
 
     @property
     def tokens(self) -> TokenStore:

@@ -157,18 +157,24 @@ def open_tokens(config: AssessConfig, trained: Trained) -> TokenStore | None:
     return other
 
 
-def open_model(
+def open_models(
     config: AssessConfig, trained: Trained, other: TokenStore | None, device: torch.device, given: Any = None
-) -> tuple[LanguageModel | None, str | None]:
-    """Load the model, if one is run, and say what shows that it is the one that was cached; `given` is the
-    model itself where it is in memory.
+) -> tuple[list[LanguageModel], str | None]:
+    """Load the model, if one is run, and say what shows that it is the one that was cached; of a run on two
+    models both, one behind the other. `given` is the first itself where it is in memory.
 
     Raises:
-        ConfigError: it is another one, or cannot be loaded.
+        ConfigError: one is another one, or cannot be loaded.
     """
-    if not config.with_model or not isinstance(trained.store.text, TokenStore):
-        return None, None
-    model = load_model(config.model, trained.store, other, device, given, config.spread)
-    if given is not None:
-        return model, check_given(model, trained.store)
-    return model, check_model(config.model, model, trained.store)
+    store, beside = trained.store, trained.store.beside
+    if config.with_acts_model is not None and beside is None:
+        raise ConfigError("with_acts_model has no effect on a run on one model; leave it out")
+    if not config.with_model or not isinstance(store.text, TokenStore):
+        return [], None
+    model = load_model(config.model, store, other, device, given, config.spread)
+    check = check_model(config.model, model, store) if given is None else check_given(model, store)
+    if beside is None:
+        return [model], check
+    name, flag = config.with_acts_model, "--with-acts-model"
+    second = load_model(name, beside, None, model.device, spread=config.spread, flag=flag)
+    return [model, second], f"{check}; of the second model {check_model(name, second, beside, flag)}"

@@ -9,6 +9,8 @@ SAEs that were trained with a frozen decoder beside others alike are baselines a
 of one layer each that are measured together stand beside them, and no verdict rests on them.
 """
 
+from collections.abc import Sequence
+
 from saemill.assess.baselines import fit_baselines, site_of
 from saemill.assess.config import AssessConfig
 from saemill.assess.entries import Beside, Entry, Measured
@@ -28,7 +30,7 @@ def measure(
     saes: dict[str, Sae],
     sets: dict[str, Sae],
     evalset: EvalSet,
-    model: LanguageModel | None,
+    models: Sequence[LanguageModel],
 ) -> tuple[Measured, Beside, list[Entry]]:
     """Measure the SAEs of a run and their baselines.
 
@@ -37,23 +39,24 @@ def measure(
         saes: variant name → SAE.
         sets: name → transcoders of some of these together, which are listed among the controls.
         evalset: the tokens.
-        model: for the losses, if there are any.
+        models: for the losses, if there are any; of a run on two models both.
 
     Returns: the SAEs' figures, the baselines', the baselines' entries.
 
     Raises:
         ConfigError: no token is left to measure on.
     """
-    why_no_loss = None if model is None else no_loss(model, evalset.tokens, int(evalset.rows_R[0]))
+    first = int(evalset.rows_R[0])
+    why_no_loss = next((why for model in models if (why := no_loss(model, evalset.tokens, first))), None)
     measured = saes | sets
     if _are_known(measured):
         baselines = fit_baselines(measured, {}, evalset)
-        every = untrained = _pass(config, measured | baselines.saes, evalset, model, why_no_loss)
+        every = untrained = _pass(config, measured | baselines.saes, evalset, models, why_no_loss)
     else:
-        every = _pass(config, measured, evalset, model, why_no_loss)
+        every = _pass(config, measured, evalset, models, why_no_loss)
         again = evalset.again(" controls")
         baselines = fit_baselines(measured, every.reconstruction.mean_l0s(), again)
-        untrained = _pass(config, baselines.saes, again, model, why_no_loss, known=every)
+        untrained = _pass(config, baselines.saes, again, models, why_no_loss, known=every)
     twins = frozen_twins(saes)
     frozen = list(dict.fromkeys(twins.values()))  # in one order on every process
     trained = every.only([name for name in saes if name not in frozen])
@@ -79,7 +82,7 @@ def _pass(
     config: AssessConfig,
     saes: dict[str, Sae],
     evalset: EvalSet,
-    model: LanguageModel | None,
+    models: Sequence[LanguageModel],
     why_no_loss: str | None,
     known: Measured | None = None,
 ) -> Measured:
@@ -93,19 +96,23 @@ def _pass(
     reconstruction.run(evalset.chunks(config.max_tokens))
     if reconstruction.n_tokens == 0:
         raise ConfigError("every position of the evaluation tokens is masked or was seen in training")
-    splicing = known.splicing if known else _losses(evalset, model)
+    splicing = known.splicing if known else _losses(evalset, models)
     if not isinstance(splicing, str):
-        assert model is not None
-        splicing = Splicing(saes, sites, evalset, model, why_no_loss, splicing).run(config.model_tokens)
+        splicing = Splicing(saes, sites, evalset, models, why_no_loss, splicing).run(config.model_tokens)
         if splicing.n_tokens == 0:
             splicing = "no position to predict in the evaluation rows"
     return Measured(reconstruction, splicing, config.thresholds, config.dead_percentage_threshold)
 
 
-def _losses(evalset: EvalSet, model: LanguageModel | None) -> str | None:
+def _losses(evalset: EvalSet, models: Sequence[LanguageModel]) -> str | None:
     """Say why there are no losses, if there are none."""
     if isinstance(evalset.text, PassageStore):
         return "embeddings have no language model"
-    if model is None:
+    if not models:
         return "run with --no-model"
-    return None if model.head is not None else f"{model.name} has no language-model head"
+    if without := [model.name for model in models if model.head is None]:
+        return f"{without[0]} has no language-model head"
+    if len({model.head for model in models}) > 1:
+        names = " and ".join(f"{model.name} ({model.head})" for model in models)
+        return f"the losses of {names} are of different tokens"
+    return None

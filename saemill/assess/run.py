@@ -1,6 +1,7 @@
 """`saemill assess`: held-out tokens through every SAE of a run, then through the model; the verdict."""
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,7 @@ from saemill.assess.entries import Beside, Entry, Measured
 from saemill.assess.evalset import EvalSet
 from saemill.assess.features import Describer, Wanted, choose_latents
 from saemill.assess.health import least_c_dec
-from saemill.assess.inputs import Trained, open_model, open_run, open_tokens
+from saemill.assess.inputs import Trained, open_models, open_run, open_tokens
 from saemill.assess.measure import measure
 from saemill.assess.outlook import Amounts, Dictionary, Model, outlook_of
 from saemill.assess.probes import run as probing
@@ -74,19 +75,28 @@ def _assess(
     content_hash, out = hash_of(config), config.folder
     settings.check_folder(out)
     to_wandb = everyone.first(lambda: _logs_to_wandb(config))
-    model, model_check = open_model(config, trained, other, device, given)
+    models, model_check = open_models(config, trained, other, device, given)
     evalset = EvalSet(
-        *(trained.store, other, model, trained.mask, trained.sites, config.batch_size, everyone),
+        *(
+            trained.store,
+            other,
+            next(iter(models), None),
+            trained.mask,
+            trained.sites,
+            config.batch_size,
+            everyone,
+        ),
         is_training_known=not trained.is_imported,
     )
-    if model is not None:
+    for model in models:
         check_mask_token(model, evalset.tokens)
     pools = probing.prepare(config, evalset)
-    everyone.first(lambda: before(_outlook(config, trained, evalset, model, device, pools)))
+    everyone.first(lambda: before(_outlook(config, trained, evalset, models, device, pools)))
     everyone.first(lambda: _lock(out, resources))
-    measured, beside, controls = measure(config, trained.saes, trained.sets, evalset, model)
+    measured, beside, controls = measure(config, trained.saes, trained.sets, evalset, models)
     entries = measured.ranking(trained.left_out, beside)
-    best = entries[0]["name"]
+    first, *at_other_sites = measured.bests(entries)
+    best = first["variant"]
     shown = config.variant or best
     assessment: dict[str, Any] = {
         "format": assessments.FORMAT,
@@ -95,7 +105,8 @@ def _assess(
         "data": measured.data(best) | {"model_check": model_check},
         "thresholds": settings.plain(config.thresholds),
         "best_variant": best,
-        "best_on_other_documents": measured.on_other_documents(best),
+        "best_on_other_documents": first["on_other_documents"],
+        "best_at_other_sites": at_other_sites,
         "variants": entries,
         "controls": controls,
         "least_c_dec": least_c_dec(entries, trained.settings),
@@ -144,7 +155,7 @@ def _outlook(
     config: AssessConfig,
     trained: Trained,
     evalset: EvalSet,
-    model: LanguageModel | None,
+    models: Sequence[LanguageModel],
     device: torch.device,
     pools: list[Pool],
 ) -> Outlook:
@@ -154,11 +165,11 @@ def _outlook(
         for sae in trained.measured.values()
     ]
     runs_on = None
-    if model is not None:
-        n_bytes = sum(weight.nbytes for weight in model.model.parameters())
-        runs_on = Model(n_bytes, model.n_ids, config.batch_size * evalset.tokens.ctx_len)
+    if models:
+        n_bytes = sum(weight.nbytes for model in models for weight in model.model.parameters())
+        runs_on = Model(n_bytes, models[0].n_ids, config.batch_size * evalset.tokens.ctx_len)
     n_kept = evalset.n_kept()
-    has_losses = model is not None and model.head is not None
+    has_losses = bool(models) and all(model.head is not None for model in models)
     amounts = Amounts(
         min(config.max_tokens, n_kept),
         min(config.model_tokens, len(evalset.rows_R) * evalset.tokens.ctx_len) if has_losses else 0,

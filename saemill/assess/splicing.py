@@ -4,9 +4,13 @@ The activation is replaced by the SAE's reconstruction, by zeros, by the cached 
 itself; where, and what is counted, `common.steer.losses` says. The sites that a cross-layer transcoder
 predicts are all replaced at once: by its predictions in the model that they change, by zeros, by the means,
 and by what a baseline reconstructs of the untouched model's.
+
+Those that a crosscoder joins are replaced one at a time, each by its part of what is reconstructed of the
+untouched model's: as a whole it costs the mean. Of two models both run on the same tokens, and each site is
+replaced in the model that it is of.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from copy import copy
 from functools import partial
 
@@ -22,13 +26,10 @@ from saemill.common.sae.sae import Sae
 from saemill.common.steer.across_layers import AcrossLayers
 from saemill.common.steer.losses import Passes, Task, cross_entropy, in_cache
 from saemill.common.steer.substitute import Substitute, substitute
-from saemill.common.stores.site_names import BESIDE, is_joined, parts_of
+from saemill.common.stores.site_names import BESIDE, is_beside, is_joined, parts_of
 
 NOTHING_LOST = "{what} at {site} cost the model no loss, so there is none to recover"
 """Why there is no loss recovered where the model does as well or better without the site."""
-SEVERAL = "a crosscoder reconstructs several sites, and is spliced in at one at a time"
-TWO_MODELS = "it takes the activations of two models to encode, and one is run"
-"""Why a crosscoder has no losses as a whole, and why none at its sites."""
 
 
 class Splicing:
@@ -38,7 +39,8 @@ class Splicing:
         saes: variant name → SAE.
         sites: variant name → site whose activations are replaced.
         evalset: rows to run on.
-        model: with its LM head; see `common.steer.losses.check_mask_token`.
+        models: with their LM heads; see `common.steer.losses.check_mask_token`. The second is that of the
+            store beside.
         no_loss: why losses mean nothing here; KL divergences are counted all the same.
         known: a splicing of the same rows that covers these sites. Its losses without an SAE are used
             again.
@@ -49,7 +51,7 @@ class Splicing:
         saes: dict[str, Sae],
         sites: dict[str, str],
         evalset: EvalSet,
-        model: LanguageModel,
+        models: Sequence[LanguageModel],
         no_loss: str | None = None,
         known: "Splicing | None" = None,
     ) -> None:
@@ -64,19 +66,31 @@ class Splicing:
         columns = self._columns(saes)
         self.sums = DocumentSums(columns if known else self._own_columns() + columns)
         self.means = {
-            site: evalset.arrays[site].statistics.mean_D.float().to(model.device)
+            site: evalset.arrays[site].statistics.mean_D.float().to(models[0].device)
             for site in evalset.model_sites
         }
-        self.passes: Passes = (
-            known.passes if known else Passes(model, evalset.tokens.tokenizer, evalset.model_sites)
-        )
+        self.passes: list[Passes] = known.passes if known else self._passes(models)
+        """Those of each model."""
         self.n_tokens = 0
 
+    def _passes(self, models: Sequence[LanguageModel]) -> list[Passes]:
+        """Make the forward passes of each model, with its own sites."""
+        sites, tokenizer = self.evalset.model_sites, self.evalset.tokens.tokenizer
+        return [
+            Passes(model, tokenizer, [site for site in sites if is_beside(site) == bool(prefix)], prefix)
+            for model, prefix in zip(models, ("", BESIDE), strict=False)
+        ]
+
+    def _passes_at(self, site: str) -> Passes:
+        """Return those of the model that has a site."""
+        return self.passes[is_beside(site)]
+
     def _own_columns(self) -> list[str]:
-        """Name the sums that are of the model, without any SAE."""
+        """Name the sums that are of the models, without any SAE."""
         sites = (*self.evalset.model_sites, *self.together)
         losses = [f"{site}/{what}" for site in sites for what in ("zero", "mean", "zero_kl")]
-        return ["n", "clean", *losses, *(f"{site}/squares" for site in self._parts_together)]
+        clean = dict.fromkeys(_clean_at(site) for site in ("", *self.evalset.model_sites))
+        return ["n", *clean, *losses, *(f"{site}/squares" for site in self._parts_together)]
 
     @property
     def _parts_together(self) -> list[str]:
@@ -84,14 +98,12 @@ class Splicing:
         return list(dict.fromkeys(part for site in self.together for part in parts_of(site)))
 
     def _places(self, site: str) -> dict[str, str]:
-        """List where what reconstructs a site is spliced in: there; of joined sites, where the model has all
-        of them, at each; of those that a cross-layer transcoder predicts, at all as well."""
+        """List where what reconstructs a site is spliced in: there; of joined sites at each; of those that a
+        cross-layer transcoder predicts, at all as well."""
         if not is_joined(site):
             return {"": site}
-        parts = parts_of(site)
-        is_of_one = not any(part.startswith(BESIDE) for part in parts)
         whole = {"": site} if site in self.together else {}
-        return whole | {f"at {part}/": part for part in parts if is_of_one and part in self.evalset.sites}
+        return whole | {f"at {part}/": part for part in parts_of(site)}
 
     def _columns(self, names: Iterable[str]) -> list[str]:
         """Name the sums that are of these SAEs."""
@@ -118,13 +130,14 @@ class Splicing:
             self.sums = self.known.sums.only(self._own_columns()).concat(self.sums)
             return self
         for identity in reversed(everyone.all_gather_objects(self.identity)):
-            self.identity.update(identity)
+            for site, nats in identity.items():
+                self._passes_at(site).identity[site] = nats
         return self
 
     @property
     def identity(self) -> dict[str, float]:
         """Return what splicing the true activation changed, in nats per token, by site."""
-        return self.passes.identity
+        return {site: nats for passes in self.passes for site, nats in passes.identity.items()}
 
     def only(self, names: Iterable[str]) -> "Splicing":
         """Keep the figures of some of the SAEs."""
@@ -136,37 +149,32 @@ class Splicing:
         return some
 
     def _rows(self, rows: Rows) -> None:
-        task = self.passes.task(rows.ids_RS, rows.keep_RS, rows.addresses_RS)
+        task = self.passes[0].task(rows.ids_RS, rows.keep_RS, rows.addresses_RS)
         if not len(task.target_T):
             return
-        clean = self.passes.clean(task, self.evalset.model_sites)
+        clean = [passes.clean(task, passes.sites) for passes in self.passes]
         columns = {} if self.known else self._without_saes(task, clean)
         for name, sae in self.saes.items():
+            instead = self._instead(name, sae, task)
             for place, site in self.places[name].items():
                 if is_joined(site) and sae.config.predicted:
                     spliced, errors = self._in_all_places(name, sae, task)
                     columns |= errors
-                else:
-                    spliced = self._spliced(name, sae, task, site)
+                else:  # an SAE in the place of a site, or a baseline in that of joined ones
+                    spliced = self._with(task, {part: instead[part] for part in parts_of(site)})
                 columns[f"{name}/{place}ce"] = cross_entropy(spliced, task.target_T)
-                columns[f"{name}/{place}kl"] = _kl(clean, spliced)
+                columns[f"{name}/{place}kl"] = _kl(clean[is_beside(site)], spliced)
         units = self.evalset.units(rows.addresses_RS[task.counted_RS.numpy()])
         self.n_tokens += len(units)
         self.sums.add(units, columns)
 
-    def _spliced(self, name: str, sae: Sae, task: Task, site: str) -> Tensor:
-        """Compute log probabilities [T, W] of the model with an SAE in the place of a site, or a baseline in
-        that of joined ones."""
-        instead = self._instead(name, sae, task)
-        return self._with(task, instead if is_joined(site) else {site: instead[site]})
-
     def _in_all_places(
         self, name: str, sae: Sae, task: Task
     ) -> tuple[Tensor, dict[str, NDArray[np.float64]]]:
-        """Compute the same with a cross-layer transcoder at all sites that it predicts, and its squared
-        errors at each: what it wrote there, beside what the untouched model has."""
+        """Compute log probabilities [T, W] of the model with a cross-layer transcoder at all sites that it
+        predicts, and its squared errors at each: what it wrote there, beside what the untouched model has."""
         across = AcrossLayers(sae)
-        spliced = self.passes.replaced(task, across.in_place(task.keep_RS))
+        spliced = self._passes_at(self.sites[name]).replaced(task, across.in_place(task.keep_RS))
         errors = {
             f"{name}/at {part.site}/sse": _squares(task, part.site, across.written_to(layer))
             for layer, part in enumerate(sae.config.predicted)
@@ -175,10 +183,11 @@ class Splicing:
 
     def _with(self, task: Task, instead: dict[str, Tensor]) -> Tensor:
         """Compute log probabilities [T, W] of the model with other activations [R, S, D] at some sites."""
+        passes = self._passes_at(next(iter(instead)))
         if len(instead) == 1:
-            return self.passes.changed(task, *next(iter(instead.items())))
+            return passes.changed(task, *next(iter(instead.items())))
         edits = {site: partial(_other, x_RSD) for site, x_RSD in instead.items()}
-        return self.passes.replaced(task, edits)
+        return passes.replaced(task, edits)
 
     def _instead(self, name: str, sae: Sae, task: Task) -> dict[str, Tensor]:
         """Compute what takes the place of the activations at each site of an SAE, all encoded from those of
@@ -190,12 +199,14 @@ class Splicing:
         widths = [x_RSD.shape[-1] for x_RSD in own.values()]
         return dict(zip(own, torch.split(changed_RSD, widths, -1), strict=True))
 
-    def _without_saes(self, task: Task, clean: Tensor) -> dict[str, NDArray[np.float64]]:
-        """Compute losses per token of the untouched model, and with zeros (KL as well) and with the mean at
+    def _without_saes(self, task: Task, clean: list[Tensor]) -> dict[str, NDArray[np.float64]]:
+        """Compute losses per token of the untouched models, and with zeros (KL as well) and with the mean at
         each site."""
-        columns = {"n": np.ones(len(task.target_T)), "clean": cross_entropy(clean, task.target_T)}
+        columns = {"n": np.ones(len(task.target_T))}
+        for passes, log_probs in zip(self.passes, clean, strict=True):
+            columns[_clean_at(passes.prefix)] = cross_entropy(log_probs, task.target_T)
         for site in self.evalset.model_sites:
-            self.passes.check_identity(site, task, columns["clean"])
+            self._passes_at(site).check_identity(site, task, columns[_clean_at(site)])
         for part in self._parts_together:
             columns[f"{part}/squares"] = _squares(task, part, self.means[part])
         for site in (*self.evalset.model_sites, *self.together):
@@ -204,7 +215,7 @@ class Splicing:
                 changed = self._with(task, ablated)
                 columns[f"{site}/{what}"] = cross_entropy(changed, task.target_T)
                 if what == "zero":
-                    columns[f"{site}/zero_kl"] = _kl(clean, changed)
+                    columns[f"{site}/zero_kl"] = _kl(clean[is_beside(site)], changed)
         return columns
 
     def _ablated(self, task: Task, site: str, what: str) -> Tensor:
@@ -214,15 +225,18 @@ class Splicing:
         return substitute(x_RSD, instead_RSD, task.keep_RS)
 
     def ratios(self, name: str) -> dict[str, Ratio]:
-        """Compute losses in nats per token, ΔCE, KL and loss recovered of one variant."""
-        n, clean = self.sums.column("n"), self.sums.column("clean")
-        site = self.sites[name]
-        zero, mean = (self.sums.column(f"{site}/{what}") for what in ("zero", "mean"))
-        ce, kl = (self.sums.column(f"{name}/{what}") for what in ("ce", "kl"))
+        """Compute losses in nats per token, ΔCE, KL and loss recovered of one variant: of a crosscoder from
+        the means over its sites."""
+        n, site, places = self.sums.column("n"), self.sites[name], self._whole(name)
+        clean = self._mean(_clean_at(place) for place in places.values())
+        ce, kl = (self._mean(f"{name}/{place}{what}" for place in places) for what in ("ce", "kl"))
+        zero, mean, kl_zero = (
+            self._mean(f"{place}/{what}" for place in places.values()) for what in ("zero", "mean", "zero_kl")
+        )
         return {
             "delta_ce": Ratio(ce - clean, n),
             "kl": Ratio(kl, n),
-            "kl_zero": Ratio(self.sums.column(f"{site}/zero_kl"), n),
+            "kl_zero": Ratio(kl_zero, n),
             "loss_recovered": Ratio(zero - ce, zero - clean, NOTHING_LOST.format(what="zeros", site=site)),
             "loss_recovered_from_mean": Ratio(
                 mean - ce, mean - clean, NOTHING_LOST.format(what="the mean", site=site)
@@ -233,27 +247,31 @@ class Splicing:
             "ce_mean": Ratio(mean, n),
         }
 
+    def _whole(self, name: str) -> dict[str, str]:
+        """List the places over which figures of an SAE as a whole are the mean: of a crosscoder its sites."""
+        places = self.places[name]
+        return {"": places[""]} if "" in places else places
+
+    def _mean(self, columns: Iterable[str]) -> NDArray[np.float64]:
+        """Compute the mean of some sums. [n_documents]"""
+        return np.asarray(np.mean([self.sums.column(name) for name in columns], axis=0))
+
     def part_metrics(self, name: str, part: str, bootstrap: Bootstrap) -> dict[str, Figure]:
         """Compute figures of an SAE of several sites at one of them: ΔCE with its part of the reconstruction
         in the place of the activations there; of a cross-layer transcoder FVU with all sites replaced, of
         what the untouched model has there around the cached mean."""
-        if f"at {part}/" not in self.places[name]:
-            return {"delta_ce": absent(TWO_MODELS)}
         figures = {}
         if self.saes[name].config.predicted:
             sse, squares = self.sums.column(f"{name}/at {part}/sse"), self.sums.column(f"{part}/squares")
             figures["fvu_replaced"] = bootstrap.figure(Ratio(sse, squares, f"{part} does not vary"))
         if self.no_loss:
             return figures | {"delta_ce": absent(self.no_loss)}
-        n, clean = self.sums.column("n"), self.sums.column("clean")
+        n, clean = self.sums.column("n"), self.sums.column(_clean_at(part))
         ce = self.sums.column(f"{name}/at {part}/ce")
         return figures | {"delta_ce": bootstrap.figure(Ratio(ce - clean, n))}
 
     def metrics(self, name: str, bootstrap: Bootstrap) -> dict[str, Figure]:
-        """Compute the `ratios` of one variant as figures; without losses where they mean nothing, and of a
-        crosscoder as a whole."""
-        if "" not in self.places[name]:
-            return absent_metrics(SEVERAL)
+        """Compute the `ratios` of one variant as figures; without losses where they mean nothing."""
         figures = bootstrap.figures(self.ratios(name))
         return figures | {what: absent(self.no_loss) for what in figures if self.no_loss and what not in KL}
 
@@ -267,6 +285,11 @@ METRICS = ("delta_ce", *KL, "loss_recovered", "loss_recovered_from_mean", "ce_cl
 def absent_metrics(reason: str) -> dict[str, Figure]:
     """Return the figures of `Splicing.ratios` where no model was run."""
     return {name: absent(reason) for name in METRICS}
+
+
+def _clean_at(site: str) -> str:
+    """Name the sum of the losses of the untouched model that has a site."""
+    return f"{BESIDE}clean" if is_beside(site) else "clean"
 
 
 def _joined(task: Task, site: str) -> dict[str, Tensor]:

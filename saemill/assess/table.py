@@ -1,7 +1,8 @@
 """The assessment for people, in the terminal: tables, and what latents are."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from rich.console import JustifyMethod
@@ -10,9 +11,10 @@ from rich.table import Table
 from saemill.assess.health import health_rows, least_c_dec_sentences
 from saemill.assess.probes.tables import absorption_rows, examples_sentences, probe_rows
 from saemill.assess.sums import Figure, number
-from saemill.assess.verdict import BESIDE, TITLES
+from saemill.assess.verdict import BESIDE, TITLES, replaced
 from saemill.common.log import console, counted
 from saemill.common.stores.features import Context, Features, Passage, Snippet
+from saemill.common.stores.site_names import abridged, is_joined
 
 COLUMNS = {
     "fvu": "FVU",
@@ -39,6 +41,13 @@ SOURCE_COLUMNS = CUT_COLUMNS | {"delta_ce": "ΔCE nats"}
 """Metrics per source."""
 AT_SITES = {"delta_ce": "ΔCE nats", "fvu_replaced": "FVU, all replaced"}
 """Those at each of several sites, beside these."""
+MEAN_OVER_SITES = (
+    "ΔCE of a crosscoder is the mean over its sites, each in turn replaced by its part of the reconstruction"
+)
+OF_OTHER_SITES = (
+    "SAEs that replace different sites, or one site and several, are not compared: each site has a best of "
+    "its own"
+)
 PASSAGE_LETTERS = 110
 """Characters shown of a passage."""
 
@@ -62,15 +71,17 @@ def table(assessment: dict[str, Any]) -> str:
     for title in titles.values():
         shown.add_column(title, justify="right", no_wrap=True)
     shown.add_column("verdict", no_wrap=True)
-    for entry in assessment["variants"] + assessment["controls"]:
+    variants = assessment["variants"]
+    sections = {i for i, (a, b) in enumerate(pairwise(variants)) if replaced(a) != replaced(b)}
+    for i, entry in enumerate(variants + assessment["controls"]):
         values = [entry.get("architecture", "topk")] if several else []
         values += [number(entry["metrics"].get(name, ABSENT)) for name in titles]
         shown.add_row(entry["name"], *values, entry["verdict"])
-        if entry is assessment["variants"][-1]:
+        if i in sections or i == len(variants) - 1:
             shown.add_section()
     terminal = console(width=150, no_color=True, record=True, file=io.StringIO())
     terminal.print(shown)
-    lines = [terminal.export_text().rstrip(), controls(assessment), f"best: {described_best(assessment)}"]
+    lines = [terminal.export_text().rstrip(), controls(assessment), *described_bests(assessment)]
     of_parts = [
         *_text_table("SAEs within an SAE", cuts(assessment["variants"] + assessment["controls"])),
         *_text_table("Figures per source", by_source(assessment["variants"])),
@@ -108,7 +119,7 @@ def cuts(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """List the SAEs within some variants, below the titles of the columns: at each prefix and each k, a
     crosscoder at each of its sites, and whole. Empty where there are none."""
     with_cuts = [entry for entry in entries if entry.get("cuts")]
-    known = {name for entry in with_cuts for cut in entry["cuts"] for name in cut["metrics"]}
+    known = _known(cut["metrics"] for entry in with_cuts for cut in entry["cuts"])
     shown = CUT_COLUMNS | {name: title for name, title in AT_SITES.items() if name in known}
     rows = [
         [entry["name"], cut["name"], *(_with_interval(cut["metrics"].get(name)) for name in shown)]
@@ -126,14 +137,41 @@ def _with_interval(figure: Figure | None) -> str:
 
 
 def by_source(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """List the variants' figures on each source, below the titles of the columns; empty where there is one
-    source."""
+    """List the variants' figures on each source, below the titles of the columns, without rows and columns of
+    which nothing is known (`unknown_by_source` says why); empty where there is one source."""
+    known = _known(metrics for _, _, metrics in _each_source(entries))
+    shown = {name: title for name, title in SOURCE_COLUMNS.items() if name in known}
     rows = [
-        [entry["name"], source, *(_with_interval(metrics.get(name)) for name in SOURCE_COLUMNS)]
+        [name, source, *(_with_interval(metrics.get(what)) for what in shown)]
+        for name, source, metrics in _each_source(entries)
+        if _known([metrics])
+    ]
+    return [["variant", "source", *shown.values()], *rows] if rows else []
+
+
+def unknown_by_source(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say which figures are not known on which sources, though they are on all together."""
+    by_reason: dict[tuple[str, str], dict[str, None]] = {}
+    for entry in entries:
+        for source, metrics in (entry.get("by_source") or {}).items():
+            for what, title in SOURCE_COLUMNS.items():
+                if metrics[what]["value"] is None and entry["metrics"][what]["value"] is not None:
+                    by_reason.setdefault((source, metrics[what]["reason"]), {})[title] = None
+    return [f"no {', '.join(titles)} on {source}: {why}" for (source, why), titles in by_reason.items()]
+
+
+def _each_source(entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Mapping[str, Figure]]]:
+    """List variant, source and figures."""
+    return [
+        (entry["name"], source, metrics)
         for entry in entries
         for source, metrics in (entry.get("by_source") or {}).items()
     ]
-    return [["variant", "source", *SOURCE_COLUMNS.values()], *rows] if rows else []
+
+
+def _known(figures: Iterable[Mapping[str, Figure]]) -> set[str]:
+    """Name the metrics of which a value is known."""
+    return {name for each in figures for name, figure in each.items() if figure["value"] is not None}
 
 
 def _text_table(title: str, titles_and_rows: list[list[str]]) -> list[str]:
@@ -160,6 +198,11 @@ def are_several(entries: Sequence[Mapping[str, Any]]) -> bool:
     return any(entry.get("architecture", "topk") != "topk" for entry in entries)
 
 
+def are_crosscoders(entries: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether some reconstruct several sites, which are replaced one at a time."""
+    return any(is_joined(entry["site"]) and not entry.get("target_site") for entry in entries)
+
+
 def columns_of(assessment: dict[str, Any]) -> dict[str, str]:
     """Choose the columns of the tables: embeddings have no losses, and few SAEs a skip connection."""
     absent = ["delta_ce", "loss_recovered"] if assessment["data"]["unit"] == "passage" else []
@@ -167,21 +210,39 @@ def columns_of(assessment: dict[str, Any]) -> dict[str, str]:
     return {name: title for name, title in COLUMNS.items() if name not in absent}
 
 
-def described_best(assessment: Mapping[str, Any]) -> str:
-    """Describe the best variant with its figures on the documents that it was not chosen on."""
-    other, noun = assessment["best_on_other_documents"], assessment["data"]["document"]
+def bests(assessment: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """List the best variant and, where others replace other sites, the best of each of these."""
+    first = {
+        "site": replaced(assessment["variants"][0]),
+        "variant": assessment["best_variant"],
+        "on_other_documents": assessment["best_on_other_documents"],
+    }
+    return [first, *assessment.get("best_at_other_sites", ())]
+
+
+def described_bests(assessment: Mapping[str, Any]) -> list[str]:
+    """Describe the best variant in a line; where others replace other sites, that of each in one."""
+    each = bests(assessment)
+    if len(each) == 1:
+        return [f"best: {each[0]['variant']}, {described(each[0], assessment)}"]
+    lines = [f"best at {abridged(b['site'])}: {b['variant']}, {described(b, assessment)}" for b in each]
+    return [*lines, OF_OTHER_SITES]
+
+
+def described(best: Mapping[str, Any], assessment: Mapping[str, Any]) -> str:
+    """Describe one of the `bests` by its figures on the documents that it was not chosen on."""
+    other, noun = best["on_other_documents"], assessment["data"]["document"]
     figures = [
-        f"{COLUMNS[name]} {number(figure)}" + (f" ({interval(figure)})" if interval(figure) else "")
+        f"{COLUMNS[name]} {_with_interval(figure)}"
         for name, figure in other["metrics"].items()
         if name in ("fvu", "delta_ce") and figure["value"] is not None
     ]
-    where = (
-        f"chosen and reported on the same {noun}s, which are too few to halve"
-        if other["overlap"]
-        else f"chosen on {counted(other['n_documents_chosen_on'], noun)}; "
+    if other["overlap"]:
+        return f"chosen and reported on the same {noun}s, which are too few to halve"
+    return (
+        f"chosen on {counted(other['n_documents_chosen_on'], noun)}; "
         f"on {counted(other['n_documents'], 'other')} {', '.join(figures)}"
     )
-    return f"{assessment['best_variant']}, {where}"
 
 
 def notes(assessment: dict[str, Any]) -> list[str]:
@@ -207,6 +268,9 @@ def notes(assessment: dict[str, Any]) -> list[str]:
             if figure.get("reason") and not (figure["value"] is None and name in unknown):
                 lacking = "no" if figure["value"] is None else "no interval for"
                 titles.setdefault((lacking, figure["reason"]), {})[title] = None
+    lines += unknown_by_source(measured)
+    if are_crosscoders(measured) and assessment["data"]["n_tokens_with_losses"]:
+        lines.append(MEAN_OVER_SITES)
     return lines + [f"{lacking} {', '.join(which)}: {why}" for (lacking, why), which in titles.items()]
 
 

@@ -1,10 +1,13 @@
 """The verdict: what speaks for each variant, beside dictionaries that nobody trained; the variants in order.
 
+Those that replace the same sites are put in order among themselves, each group with a best of its own: what
+it costs to replace one site does not compare with what another costs, nor with what all of them do.
+
 Four thresholds are checked as well. They decide nothing, since a random dictionary may pass them.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from saemill.assess.config import Thresholds
@@ -133,19 +136,37 @@ def summary(results: list[Check]) -> str:
     return text if n_known == len(results) else f"{text}, {len(results) - n_known} unknown"
 
 
+def replaced(entry: Mapping[str, Any]) -> str:
+    """Name the site, or the joined sites, whose activations an SAE takes the place of."""
+    return str(entry.get("target_site") or entry["site"])
+
+
+def groups(entries: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Group variants by the sites that they replace. Figures of two groups do not compare."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for entry in entries:
+        found.setdefault(replaced(entry), []).append(entry)
+    return found
+
+
 def order(entries: list[dict[str, Any]], losses: Mapping[str, float]) -> list[dict[str, Any]]:
     """Sort variants best first: those that pass, those of which too little is known, those that fail; of
-    these the smaller loss first.
+    these the smaller loss first. Those that replace the same sites stay together, the group whose best has
+    the better verdict first.
 
     Args:
         entries: the variants.
         losses: name → loss; one that was not measured has none and comes last.
     """
 
+    def place(entry: dict[str, Any]) -> int:
+        return [PASSED, UNKNOWN, FAILED].index(entry["verdict"].partition(",")[0].partition(":")[0])
+
     def key(entry: dict[str, Any]) -> tuple[int, float]:
         loss = losses.get(entry["name"], math.inf)
-        place = [PASSED, UNKNOWN, FAILED].index(entry["verdict"].partition(",")[0].partition(":")[0])
-        return place, loss if math.isfinite(loss) else math.inf
+        return place(entry), loss if math.isfinite(loss) else math.inf
 
-    measured = [entry for entry in entries if entry["not_measured"] is None]
-    return sorted(measured, key=key) + [entry for entry in entries if entry["not_measured"] is not None]
+    measured = groups(entry for entry in entries if entry["not_measured"] is None).values()
+    each = sorted((sorted(group, key=key) for group in measured), key=lambda group: place(group[0]))
+    in_order = [entry for group in each for entry in group]
+    return in_order + [entry for entry in entries if entry["not_measured"] is not None]

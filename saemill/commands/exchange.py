@@ -62,6 +62,10 @@ def import_(
             "STORE",
         ),
     ] = None,
+    with_acts: Annotated[
+        str | None,
+        option("With --acts: the second model's activations, of crosscoders of two models.", "STORE"),
+    ] = None,
     site: Annotated[
         str | None, option("With --acts: the site that they read, where their files do not tell.", "SITE")
     ] = None,
@@ -86,16 +90,18 @@ def import_(
 
     Example: `saemill import downloaded/blocks.8.hook_resid_post --model EleutherAI/pythia-160m -o sae`,
     `saemill import hf://google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71 -o sae`,
-    `saemill import downloaded/* --acts acts -o theirs; saemill assess theirs`
+    `saemill import downloaded/* --acts acts -o theirs; saemill assess theirs`,
+    `saemill import crosscoder --acts acts/base --with-acts acts/chat -o both`
     """
     from saemill.common.errors import ConfigError
     from saemill.convert import import_ as take
     from saemill.imported_run import import_run
 
     if acts is not None:
-        import_run(paths, acts, out, model=model, format=format_, site=site, target_site=target_site)
+        named = {"model": model, "format": format_, "site": site, "target_site": target_site}
+        import_run(paths, acts, out, with_acts=with_acts, **named)
         return
-    for name, value in (("site", site), ("target-site", target_site)):
+    for name, value in (("with-acts", with_acts), ("site", site), ("target-site", target_site)):
         if value is not None:
             raise ConfigError(f"--{name} has no effect without --acts; leave it out")
     if len(paths) > 1:

@@ -154,7 +154,7 @@ def train(config: TrainConfig) -> None:
     argument("run"),
     "model",
     flag("with_model", "--with-model/--no-model"),
-    *("tokens", "acts", "with_acts", "local_cache"),
+    *("tokens", "acts", "with_acts", "with_acts_model", "local_cache"),
     OUT,
     *("max_tokens", "model_tokens", "batch_size", "dead_percentage_threshold"),
     *("thresholds.min_loss_recovered", "thresholds.min_l0", "thresholds.max_l0"),

@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import CardData, ModelCardData, RepoCard
 
 from saemill.assess.sums import number
-from saemill.assess.table import CONTROLS, cuts, described_best, interval
+from saemill.assess.table import CONTROLS, bests, cuts, described, interval
 from saemill.common.hub import is_id
 from saemill.common.log import counted, duration, printable
 from saemill.common.stores import runs
@@ -203,8 +203,8 @@ def _picture(assessment: Mapping[str, Any]) -> list[str]:
         return []
     return [
         f"![Error of each SAE against its L0, beside controls]({runs.PARETO})",
-        "Lower is better. Bars are 95% intervals, hollow marks controls; the ring is around the first of the "
-        "table.",
+        "Lower is better. Bars are 95% intervals, hollow marks controls; a ring is around the first of the "
+        "table, and of each other site.",
     ]
 
 
@@ -220,11 +220,18 @@ def _controls(saes: Iterable[str], assessment: Mapping[str, Any], columns: Mappi
 
 
 def _best_elsewhere(saes: Iterable[str], assessment: Mapping[str, Any]) -> list[str]:
-    """Quote the best variant on the documents that it was not chosen on, where several were compared."""
-    best = assessment["best_variant"]
-    if len(assessment["variants"]) == 1 or best not in saes:
+    """Quote the best variant at each site on the documents that it was not chosen on, where several were
+    compared."""
+    each = bests(assessment)
+    if len(assessment["variants"]) == 1:
         return []
-    return [f"First of them: {span(best)}{described_best(assessment).removeprefix(best)}."]
+    first = "First of them" if len(each) == 1 else "First at"
+    return [
+        f"{first}{'' if len(each) == 1 else ' ' + span(best['site'])}: {span(best['variant'])}, "
+        f"{described(best, assessment)}."
+        for best in each
+        if best["variant"] in saes
+    ]
 
 
 def _reasons(entries: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> list[str]:

@@ -126,5 +126,6 @@ def _assessed(config: AssessConfig) -> str:
     folder = config.out or other
     if not (folder / assessments.FILE).exists():
         return "not assessed"
-    best = assessments.read(folder)["best_variant"]
-    return f"assessed, best {best}"
+    found = assessments.read(folder)
+    others = [best["variant"] for best in found.get("best_at_other_sites", ())]
+    return f"assessed, best {', '.join([found['best_variant'], *others])}"

@@ -157,6 +157,6 @@ def _joined(config: "TrainConfig") -> None:
         )
     if config.eval_losses_every is not None and (config.cross_layer or any(map(is_joined, sites))):
         raise ConfigError(
-            "eval_losses_every: a crosscoder reconstructs several sites, and no loss tells of all; those of "
-            "a cross-layer transcoder are measured by `saemill assess`; leave it out"
+            "eval_losses_every: the losses of crosscoders and cross-layer transcoders, which are spliced in "
+            "at several sites, are measured by `saemill assess` alone; leave it out"
         )

@@ -11,6 +11,7 @@ from saemill.common.outlook import process_bytes
 from saemill.common.records import File
 from saemill.common.sae.formats import sparsify
 from saemill.common.stores.activations import ActivationStore
+from saemill.common.stores.joined import model_of
 from saemill.common.stores.runs import FINISHED, HALVING, UNITS, Finished, Stopped
 from saemill.train.record import checkpoint
 from saemill.train.sweep.halving import Halving
@@ -111,7 +112,7 @@ def save_saes(out: Path, trainer: Trainer, store: ActivationStore, names: set[st
             **store.text.provenance(mask),
             "norm_over_median": trainer.loader.rows.norm_over_median,
             "model_fingerprint": store.settings.model_fingerprint,
-            **({} if store.beside is None else {"with": _model_of(store.beside)}),
+            **({} if store.beside is None else {"with": model_of(store.beside)}),
             "acts_fingerprint": store.fingerprint,
             "tokens_trained": trainer.step * trainer.loader.batch_tokens,
             "input_scale": learner.scaling.scale,
@@ -127,14 +128,3 @@ def _roles(store: ActivationStore, sites: Iterable[str]) -> dict[str, Any]:
     """Collect what is at a variant's sites, as far as it is known."""
     arrays = {name: array for site in sites for name, array in store.site(site).parts.items()}
     return {name: array.role.model_dump(mode="json") for name, array in arrays.items() if array.role}
-
-
-def _model_of(store: ActivationStore) -> dict[str, Any]:
-    """Tell which model the sites called `with.` are of."""
-    settings = store.settings
-    return {
-        "model": settings.model,
-        "revision": settings.revision,
-        "model_fingerprint": settings.model_fingerprint,
-        "acts_fingerprint": store.fingerprint,
-    }

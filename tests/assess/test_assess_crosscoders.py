@@ -69,6 +69,39 @@ def trained(folder: Path, out: str, **changes: Any) -> TrainConfig:
     return TrainConfig(**settings | changes)
 
 
+def by_hooks(
+    sae: Sae, store: ActivationStore, models: dict[str, Any], n_rows: int | None = None
+) -> dict[str, dict[str, float]]:
+    """Losses by site, in the model given for each, on the first held-out rows: untouched, and with the site's
+    part of the reconstruction and with zeros in its place; it is made of the untouched activations of all."""
+    rows = np.flatnonzero(store.tokens.held_out_R)[:n_rows]
+    ids = torch.from_numpy(np.concatenate([store.tokens.rows(r, r + 1) for r in rows]).astype(np.int64))
+    where = (ids != 0) & (torch.arange(32) >= 1)
+    counted = where[:, :-1]
+
+    def loss(model: Any) -> float:
+        log_probs = model(ids).logits[:, :-1].log_softmax(-1)[counted]
+        return float(-log_probs.gather(1, ids[:, 1:][counted][:, None]).mean())
+
+    def with_other(site: str, other: torch.Tensor) -> float:
+        changed = torch.where(where[..., None], other, own[site])
+        model = models[site]
+        return float(by_hand(model, site.removeprefix("with."), lambda _: changed, lambda: loss(model)))
+
+    with torch.no_grad():
+        own = {
+            site: at(model, site.removeprefix("with."), lambda model=model: model(ids))
+            for site, model in models.items()
+        }
+        made = sae(torch.cat(list(own.values()), -1)).reconstruction
+        parts = dict(zip(models, torch.split(made, [32, 32], -1), strict=True))
+        return {
+            "clean": {site: loss(model) for site, model in models.items()},
+            "spliced": {site: with_other(site, part) for site, part in parts.items()},
+            "zero": {site: with_other(site, torch.zeros_like(x)) for site, x in own.items()},
+        }
+
+
 def entry_of(assessment: dict[str, Any], name: str) -> dict[str, Any]:
     (found,) = [each for each in assessment["variants"] if each["name"].startswith(f"{name}-")]
     return dict(found)
@@ -76,8 +109,9 @@ def entry_of(assessment: dict[str, Any], name: str) -> dict[str, Any]:
 
 def test_figures_and_losses_equal_their_definitions(folder: Path, tiny_models: dict[str, str]) -> None:
     """Oracle: float64 formulas over all held-out rows, each site scaled to the variance that the store
-    tells; transformers' own model, in which one site at a time is replaced by a hook. The SAE beside it has
-    the figures that it has in a run of its own."""
+    tells; transformers' own model, in which one site at a time is replaced by a hook, and of the whole the
+    means of what that costs, and of what zeros cost. The SAE beside it has the figures that it has in a run
+    of its own."""
     assessment = run(AssessConfig(run=folder / "run", device="cpu", model_tokens=10**6, n_latents=1))
     found = entry_of(assessment, JOINED)
     sae = Sae.load(folder / "run" / found["name"])
@@ -97,26 +131,19 @@ def test_figures_and_losses_equal_their_definitions(folder: Path, tiny_models: d
     assert found["metrics"]["fvu"]["value"] == pytest.approx(above / below, rel=1e-5)
     assert found["metrics"]["mse"]["value"] is None
     assert "units of their own" in found["metrics"]["mse"]["reason"]
-    assert "spliced in at one at a time" in found["metrics"]["delta_ce"]["reason"]
 
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_models["neox"], dtype=torch.float32)
-    rows = np.flatnonzero(store.tokens.held_out_R)
-    ids = torch.from_numpy(np.concatenate([store.tokens.rows(r, r + 1) for r in rows]).astype(np.int64))
-    where = (ids != 0) & (torch.arange(32) >= 1)
-    counted = where[:, :-1]
-
-    def loss() -> float:
-        log_probs = model(ids).logits[:, :-1].log_softmax(-1)[counted]
-        return float(-log_probs.gather(1, ids[:, 1:][counted][:, None]).mean())
-
-    with torch.no_grad():
-        clean = loss()
-        own = {site: at(model, site, lambda: model(ids)) for site in SITES}
-        made = sae(torch.cat(list(own.values()), -1)).reconstruction
-        for site, part in zip(SITES, torch.split(made, [32, 32], -1), strict=True):
-            changed = torch.where(where[..., None], part, own[site])
-            cost = by_hand(model, site, lambda _, changed=changed: changed, loss) - clean
-            assert cuts[f"at {site}"]["delta_ce"]["value"] == pytest.approx(cost, rel=1e-3, abs=1e-5)
+    hand = by_hooks(sae, store, dict.fromkeys(SITES, model))
+    for site in SITES:
+        assert cuts[f"at {site}"]["delta_ce"]["value"] == pytest.approx(
+            hand["spliced"][site] - hand["clean"][site], rel=1e-3, abs=1e-5
+        )
+    clean, spliced, zero = (np.mean(list(losses.values())) for losses in hand.values())
+    whole, cost = found["metrics"], spliced - clean
+    assert whole["delta_ce"]["value"] == pytest.approx(cost, rel=1e-3, abs=1e-5)
+    assert whole["ce_clean"]["value"] == pytest.approx(clean, rel=1e-5)
+    assert whole["ce_zero"]["value"] == pytest.approx(zero, rel=1e-5)
+    assert whole["ce_spliced"]["value"] == pytest.approx(spliced, rel=1e-5)
     train(trained(folder, "alone", site=("layers.2",)))
     alone = run(AssessConfig(run=folder / "alone", device="cpu", model_tokens=10**6, n_latents=0))
     assert entry_of(alone, "layers.2")["metrics"] == entry_of(assessment, "layers.2")["metrics"]
@@ -178,24 +205,48 @@ def test_crosscoders_alone_have_controls_in_their_units(folder: Path) -> None:
     assert pca < random
 
 
-def test_two_models(folder: Path, tmp_path: Path) -> None:
-    """Oracle: a store that moved gives the figures that it gave before; what is unknown is said to be so."""
+def test_two_models(folder: Path, tmp_path: Path, tiny_models: dict[str, str]) -> None:
+    """Oracle: both of transformers' own models, each with its part of the reconstruction in the place of its
+    layer by a hook; a store and a model that moved give the figures that they gave before."""
     site = "layers.2+with.layers.2"
     train(trained(folder, "two", site=(site,), with_acts=folder / "other"))
-    config = AssessConfig(run=folder / "two", device="cpu", model_tokens=500, n_latents=1)
-    found = entry_of(run(config), site)
-    assert [cut["name"] for cut in found["cuts"]] == ["at layers.2", "at with.layers.2"]
-    for cut in found["cuts"]:
+    config = AssessConfig(run=folder / "two", device="cpu", model_tokens=12 * 32, n_latents=0)
+    assessment = run(config)
+    found = entry_of(assessment, site)
+    store = ActivationStore(folder / "acts")
+    models = {
+        part: transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        for part, path in zip(site.split("+"), (tiny_models["neox"], folder / "tuned"), strict=True)
+    }
+    hand = by_hooks(Sae.load(folder / "two" / found["name"]), store, models, n_rows=12)
+    assert hand["clean"]["layers.2"] != pytest.approx(hand["clean"]["with.layers.2"], rel=1e-3)
+    for cut, part in zip(found["cuts"], models, strict=True):
+        assert cut["name"] == f"at {part}"
         assert 0 < cut["metrics"]["fvu"]["value"] < 1
-        assert "activations of two models" in cut["metrics"]["delta_ce"]["reason"]
+        cost = hand["spliced"][part] - hand["clean"][part]
+        assert cut["metrics"]["delta_ce"]["value"] == pytest.approx(cost, rel=1e-3, abs=1e-5)
+    clean, spliced, zero = (np.mean(list(losses.values())) for losses in hand.values())
+    assert found["metrics"]["delta_ce"]["value"] == pytest.approx(spliced - clean, rel=1e-3, abs=1e-5)
+    assert found["metrics"]["ce_zero"]["value"] == pytest.approx(zero, rel=1e-5)
+    assert set(assessment["data"]["identity_splice_nats"]) == set(models)
+    assert "of the second model the very files that were cached" in assessment["data"]["model_check"]
     (folder / "other").rename(tmp_path / "moved")
+    (folder / "tuned").rename(tmp_path / "tuned")
     with pytest.raises(StoreError, match=r"second activations are no longer at .*; say where"):
         run(config)
     moved = replace(config, with_acts=tmp_path / "moved", out=tmp_path / "again")
+    with pytest.raises(ConfigError, match="no longer there; say where with --with-acts-model"):
+        run(moved)
+    with pytest.raises(ConfigError, match=r"another model than .* the right one with --with-acts-model"):
+        run(replace(moved, with_acts_model=tiny_models["neox"]))
+    moved = replace(moved, with_acts_model=str(tmp_path / "tuned"))
     assert entry_of(run(moved), site)["metrics"] == found["metrics"]
     (tmp_path / "moved").rename(folder / "other")
+    (tmp_path / "tuned").rename(folder / "tuned")
     with pytest.raises(ConfigError, match="with_acts has no effect on a run on one model"):
         run(AssessConfig(run=folder / "run", with_acts=folder / "other"))
+    with pytest.raises(ConfigError, match="with_acts_model has no effect on a run on one model"):
+        run(AssessConfig(run=folder / "run", with_acts_model="tuned"))
 
 
 def test_other_text_is_computed_for_all_sites(folder: Path, corpus: Path) -> None:

@@ -237,7 +237,7 @@ def test_bars_are_as_high_as_their_values() -> None:
 
 def entry(name: str, verdict: str, **more: Any) -> dict[str, Any]:
     metrics = {"fvu": {"value": 0.1}, "delta_ce": {"value": 0.2}, "l0": {"value": 32.0}}
-    return {"name": name, "verdict": verdict, "metrics": metrics, "evidence": [], **more}
+    return {"name": name, "site": "x", "verdict": verdict, "metrics": metrics, "evidence": [], **more}
 
 
 def test_what_was_compared_is_said_in_words() -> None:
@@ -272,5 +272,17 @@ def test_what_was_compared_is_said_in_words() -> None:
     assert any(s.startswith("Every other SAE's ΔCE is surely another") for s in reasons(assessment))
     assert headline(assessment | {"variants": [entry("a", "failed: FVU"), variants[2]]}) == "No SAE passes"
     assert headline(assessment | {"variants": [entry("a", "unknown")]}) == "No verdict on a"
+    at_y = entry("d", "passed", target_site="y")
+    several = assessment | {
+        "variants": [*variants, at_y],
+        "best_at_other_sites": [{"site": "y", "variant": "d", "on_other_documents": other}],
+    }
+    assert headline(several) == "x: Take a; y: d passes"
+    apart, of_x, of_y = reasons(several)
+    assert "are not compared" in apart
+    assert of_x.startswith("x: a. Chosen and reported")
+    assert "Of 3 SAEs: 2 passed" in of_x
+    assert of_y.startswith("y: d. Chosen and reported")
+    assert "SAEs:" not in of_y
     alone = trust(assessment | {"variants": [entry("a", "passed")]})[-1]
     assert alone == "How training varies is unknown: there is one seed of each SAE."

@@ -153,17 +153,28 @@ def test_conclusions() -> None:
 
 
 def test_variants_are_sorted_by_verdict_and_then_by_loss() -> None:
-    """Oracle: sorted by hand; what was not measured comes last."""
+    """Oracle: sorted by hand; what was not measured comes last. Those that replace other sites are a group of
+    their own, whose order their losses alone decide, and stand first where their best has the better
+    verdict."""
     given = {
         "a": ("passed", 0.3), "b": ("passed, ΔCE unknown", 0.2), "c": ("failed: FVU, dead latents", 0.1),
         "d": ("unknown", 0.0), "e": ("passed", math.nan), "f": ("diverged at step 7", 0.0),
     }  # fmt: skip
     entries = [
-        {"name": name, "verdict": verdict, "not_measured": verdict if name == "f" else None}
+        {"name": name, "site": "x", "verdict": verdict, "not_measured": verdict if name == "f" else None}
         for name, (verdict, _) in given.items()
     ]
     losses = {name: loss for name, (_, loss) in given.items() if name != "f"}
     assert [entry["name"] for entry in order(entries, losses)] == ["b", "a", "e", "d", "c", "f"]
+    others = {"g": ("passed", 9.0), "h": ("passed", 8.0), "i": ("failed: FVU", 0.0)}
+    entries += [
+        {"name": name, "site": "x", "target_site": "y+z", "verdict": verdict, "not_measured": None}
+        for name, (verdict, _) in others.items()
+    ]
+    losses |= {name: loss for name, (_, loss) in others.items()}
+    assert "".join(entry["name"] for entry in order(entries, losses)) == "baedchgif"
+    without = [entry for entry in entries if entry["name"] not in "abe"]
+    assert "".join(entry["name"] for entry in order(without, losses)) == "hgidcf"
 
 
 def test_the_k_of_an_sae_with_thresholds() -> None:

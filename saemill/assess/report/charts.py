@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from saemill.assess.report.compared import with_interval
+from saemill.assess.verdict import groups
 from saemill.common.sae.parts import place
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 360, 52, 14, 14, 40
@@ -117,10 +118,11 @@ def against_l0(assessment: Mapping[str, Any], metric: str) -> Chart | None:
     values = [entry["metrics"] for entry in [*(entry for _, entry in drawn), *controls]]
     x = _axis([m["l0"]["value"] for m in values], LEFT, WIDTH - RIGHT)
     y = _axis([m[metric]["value"] for m in values], HEIGHT - BOTTOM, TOP)
+    first = {group[0]["name"] for group in groups(assessment["variants"]).values()}
     styles = styles_of([_key(entry) for _, entry in variants])
     lines = []
     for key, style in styles.items():
-        own = [(f"#v{i}", i == 0, entry) for i, entry in drawn if _key(entry) == key]
+        own = [(f"#v{i}", entry["name"] in first, entry) for i, entry in drawn if _key(entry) == key]
         if own:
             lines.append(Line(_name(key, list(styles)), style, _marks(own, metric, x, y)))
     for kind, name in CONTROLS.items():

@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from saemill.assess.sums import number
-from saemill.assess.table import described_best, interval
-from saemill.assess.verdict import FAILED, PASSED, UNKNOWN
+from saemill.assess.table import OF_OTHER_SITES, bests, described, interval
+from saemill.assess.verdict import FAILED, PASSED, UNKNOWN, groups
 from saemill.common.log import counted
+from saemill.common.stores.site_names import abridged
 
 Assessment = dict[str, Any]
+MOST_SITES = 3
+"""Most sites whose best SAEs a headline names."""
 METRICS = {"delta_ce": "ΔCE", "fvu": "FVU"}
 
 
@@ -21,8 +24,18 @@ def outcome(entry: Mapping[str, Any]) -> str:
 
 
 def headline(assessment: Assessment) -> str:
-    """Say which SAE to take, or that none can be recommended."""
-    entry, n = assessment["variants"][0], len(assessment["variants"])
+    """Say which SAE to take, or that none can be recommended; where they replace several sites, at each."""
+    each = groups(assessment["variants"])
+    if len(each) == 1:
+        return _choice(assessment["variants"])
+    if len(each) > MOST_SITES:
+        return f"The best SAE at each of {len(each)} sites"
+    return "; ".join(f"{abridged(site)}: {_choice(group)}" for site, group in each.items())
+
+
+def _choice(variants: Sequence[Mapping[str, Any]]) -> str:
+    """Say which of some variants to take, the best first."""
+    entry, n = variants[0], len(variants)
     name = entry["name"]
     if outcome(entry) == PASSED:
         return f"Take {name}" if n > 1 else f"{name} passes"
@@ -32,18 +45,37 @@ def headline(assessment: Assessment) -> str:
 
 
 def reasons(assessment: Assessment) -> list[str]:
-    """Say why: figures, how many pass, and which cannot be told from the best."""
-    variants, data = assessment["variants"], assessment["data"]
-    choice = described_best(assessment).removeprefix(f"{assessment['best_variant']}, ")
+    """Say why: figures, how many pass, and which cannot be told from the best; where variants replace several
+    sites, of each."""
+    each, by_site = bests(assessment), groups(assessment["variants"])
+    if len(each) == 1:
+        return _reasons(assessment, each[0], assessment["variants"])
+    lines = [
+        " ".join(
+            [
+                f"{abridged(best['site'])}: {best['variant']}.",
+                *_reasons(assessment, best, by_site[best["site"]]),
+            ]
+        )
+        for best in each
+    ]
+    return [f"{OF_OTHER_SITES}.", *lines]
+
+
+def _reasons(
+    assessment: Assessment, best: Mapping[str, Any], variants: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Say why one is the best of some variants."""
+    choice = described(best, assessment)
     sentences = [f"{choice[0].upper()}{choice[1:]}."]
-    metric = assessment["best_on_other_documents"]["chosen_by"]
+    metric = best["on_other_documents"]["chosen_by"]
     if len(variants) > 1:
         outcomes = Counter(map(outcome, variants))
         words = [f"{n} {word}" for word, n in outcomes.items()]
         sentences.append(
             f"Of {counted(len(variants), 'SAE')}: {', '.join(words)}. {_why_failed(variants)}".strip()
         )
-        sentences += _alike(variants, metric, data["document"])
+        sentences += _alike(variants, metric, assessment["data"]["document"])
         sentences += _by_sparsity(variants, metric)
     return sentences
 

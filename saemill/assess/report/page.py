@@ -19,7 +19,7 @@ from saemill.assess.report.picture import SIZE
 from saemill.assess.report.shards import Shards
 from saemill.assess.report.visible import visible
 from saemill.assess.sums import number
-from saemill.assess.table import are_several, by_source, columns_of, cuts, notes, thresholds
+from saemill.assess.table import are_crosscoders, are_several, columns_of, notes, thresholds
 from saemill.assess.verdict import TITLES
 from saemill.common import durable
 from saemill.common.log import counted
@@ -104,7 +104,6 @@ def _page(
 def _sections(assessment: dict[str, Any], densities: Mapping[str, NDArray[float64]]) -> dict[str, Any]:
     """Lay out the sections before the latents, by the names that the templates have."""
     shown, data = columns_of(assessment), assessment["data"]
-    several = assessment["variants"] + assessment["controls"]
     return {
         "headline": compared.headline(assessment),
         "reasons": compared.reasons(assessment),
@@ -117,10 +116,9 @@ def _sections(assessment: dict[str, Any], densities: Mapping[str, NDArray[float6
         "columns": shown,
         "architectures": are_several(assessment["variants"]),
         "transcoders": any(entry.get("target_site") for entry in assessment["variants"]),
+        "crosscoders": are_crosscoders(assessment["variants"]),
         "variants": variants.rows(assessment["variants"], shown, densities, data),
         "baselines": variants.rows(assessment["controls"], shown, {}, data),
-        "cut_titles": (cuts(several) or [[]])[0][1:],
-        "source_titles": (by_source(several) or [[]])[0][1:],
         **judged(assessment),
         "check_text": check_text,
         "number": number,

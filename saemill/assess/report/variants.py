@@ -65,6 +65,7 @@ class Row:
     seeds: Small | None
     """In how many SAEs of other seeds its latents are found."""
     cuts: list[list[str]]
+    """Titles of the columns, and below them the rows; likewise by source."""
     by_source: list[list[str]]
     worst: list[Shown]
 
@@ -95,8 +96,8 @@ def rows(
             errors=_errors(entry),
             norms=[_norms(site, counts) for site, counts in entry.get("norm_shares", {}).items()],
             seeds=_seeds(entry["found_in_seeds"]) if entry.get("found_in_seeds") else None,
-            cuts=[row[1:] for row in cuts([entry])[1:]],
-            by_source=[row[1:] for row in by_source([entry])[1:] if set(row[2:]) != {"–"}],
+            cuts=[row[1:] for row in cuts([entry])],
+            by_source=[row[1:] for row in by_source([entry])],
             worst=[_worst(token["times"], token["place"]) for token in entry.get("worst", ())],
         )
         for i, entry in enumerate(entries)

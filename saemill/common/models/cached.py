@@ -37,6 +37,7 @@ def load_model(
     device: torch.device,
     given: Any = None,
     spread: Weights = AS_GIVEN,
+    flag: str = "--model",
 ) -> LanguageModel:
     """Load the model in the dtype, and in all else, that it was cached with.
 
@@ -47,6 +48,7 @@ def load_model(
         device: where it runs.
         given: the model itself, where it is in memory.
         spread: over which devices, where one is too small.
+        flag: what names another one.
 
     Raises:
         ConfigError: it cannot be loaded, or cannot read the other tokens.
@@ -62,11 +64,12 @@ def load_model(
     if name.endswith(IN_MEMORY):
         raise ConfigError(
             f"{store.path} was cached from a model in memory ({name.removesuffix(IN_MEMORY)}); name that "
-            "model with --model, or from Python give it as assess_saes(run, model=…)"
+            f"model with {flag}"
+            + (", or from Python give it as assess_saes(run, model=…)" if flag == "--model" else "")
         )
     if other_name is None and Path(name).is_absolute() and not Path(name).is_dir():
         raise ConfigError(
-            f"{store.path} was cached from {name}, which is no longer there; say where with --model"
+            f"{store.path} was cached from {name}, which is no longer there; say where with {flag}"
         )
     if other is not None:
         trusts = bool(store.settings.trust_remote_code)
@@ -105,7 +108,9 @@ def check_given(model: LanguageModel, store: ActivationStore) -> str:
     return _compared(model.name, store)
 
 
-def check_model(other_name: str | None, model: LanguageModel, store: ActivationStore) -> str:
+def check_model(
+    other_name: str | None, model: LanguageModel, store: ActivationStore, flag: str = "--model"
+) -> str:
     """Refuse another model than the one that was cached; arguments as of `load_model`.
 
     Returns: what was compared. A hub id then and a folder now, and the like, have only activations in common.
@@ -122,8 +127,8 @@ def check_model(other_name: str | None, model: LanguageModel, store: ActivationS
     changed_since = name == store.settings.model and Path(name).is_dir()
     if cached != here if is_known else changed_since:
         when = "its files have changed since" if changed_since else "its weights differ"
-        raise ConfigError(_another_model(name, when))
-    _check_activations(model, store)
+        raise ConfigError(_another_model(name, when, flag))
+    _check_activations(model, store, flag)
     if is_known:
         return "the weights that were cached, in other files"
     return _compared(name, store)
@@ -141,19 +146,19 @@ def _compared(name: str, store: ActivationStore) -> str:
     return compared
 
 
-def _check_activations(model: LanguageModel, store: ActivationStore) -> None:
+def _check_activations(model: LanguageModel, store: ActivationStore, flag: str = "--model") -> None:
     """Refuse a model that does not compute what was cached, at every site, on the first row."""
     model.check_tokens(store.tokens)
     sites = store.sites_with(0)
     if missing := [site for site in store.sites if module_of(site) not in model.modules]:
-        raise ConfigError(_another_model(model.name, f"it has no {missing[0]}"))
+        raise ConfigError(_another_model(model.name, f"it has no {missing[0]}", flag))
     ids_RS = torch.from_numpy(store.tokens.rows(0, 1).astype(np.int64))
     captured = model.capture(ids_RS, sites, attention_of(ids_RS, store.tokens.tokenizer))
     for site in sites:
         x_TD = captured[site][0].double().cpu()
         cached_TD = store.read(site, 0, store.ctx_len).double()
         if not _agree(x_TD, cached_TD):
-            raise ConfigError(_another_model(model.name, f"its activations at {site} differ"))
+            raise ConfigError(_another_model(model.name, f"its activations at {site} differ", flag))
 
 
 def _agree(x_TD: torch.Tensor, cached_TD: torch.Tensor) -> bool:
@@ -165,8 +170,8 @@ def _agree(x_TD: torch.Tensor, cached_TD: torch.Tensor) -> bool:
     return bool(close_T.float().mean() > 0.5)
 
 
-def _another_model(name: str, why: str) -> str:
+def _another_model(name: str, why: str, flag: str) -> str:
     return (
-        f"{name} is another model than the one that was cached: {why}; name the right one with --model, or "
+        f"{name} is another model than the one that was cached: {why}; name the right one with {flag}, or "
         "cache this one"
     )

@@ -6,7 +6,7 @@ those: next-token for causal models; for masked ones a fixed 15% of the unmasked
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -103,13 +103,18 @@ class Passes:
         model: with its LM head; see `check_mask_token`.
         tokenizer: of the rows.
         sites: where activations are replaced.
+        prefix: what their names begin with here, and not in the model: `with.` of the model of a store beside
+            another.
     """
 
-    def __init__(self, model: LanguageModel, tokenizer: TokenizerInfo, sites: Iterable[str]) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(
+        self, model: LanguageModel, tokenizer: TokenizerInfo, sites: Iterable[str], prefix: str = ""
+    ) -> None:
+        self.model, self.tokenizer, self.prefix = model, tokenizer, prefix
         self.identity: dict[str, float] = {}
         """What splicing the true activation changed, in nats per token, by site."""
-        self.skippable = set(sites)
+        self.sites = tuple(sites)
+        self.skippable = set(self.sites)
         """Sites before which blocks may be left out."""
 
     def task(self, ids_RS: Tensor, keep_RS: NDArray[np.bool_], addresses_RS: NDArray[np.int64]) -> Task:
@@ -137,9 +142,9 @@ class Passes:
         """Compute log probabilities [T, W] of the untouched model; the sites' activations are kept."""
         with ExitStack() as stack:
             for site in sites:
-                stack.enter_context(self.model.splice(site, partial(_note, task.activations, site)))
+                stack.enter_context(self._splice(site, partial(_note, task.activations, site)))
             clean = _log_probs(self.model.logits(task.ids_RS, task.attention_RS), task.counted_RS)
-        self.skippable -= self.model.tuple_sites
+        self.skippable -= {self.prefix + site for site in self.model.tuple_sites}
         return clean
 
     def changed(self, task: Task, site: str, changed_RSD: Tensor, *, differentiable: bool = False) -> Tensor:
@@ -151,8 +156,9 @@ class Passes:
             changed_RSD: the other activations.
             differentiable: whether gradients may be asked for.
         """
-        skip = self.model.skip_blocks_to(site) if site in self.skippable else nullcontext()
-        with skip, self.model.splice(site, lambda _: changed_RSD):
+        own = site.removeprefix(self.prefix)
+        skip = self.model.skip_blocks_to(own) if site in self.skippable else nullcontext()
+        with skip, self._splice(site, lambda _: changed_RSD):
             logits_RSW = self.model.logits(task.ids_RS, task.attention_RS, differentiable=differentiable)
             return _log_probs(logits_RSW, task.counted_RS)
 
@@ -165,8 +171,12 @@ class Passes:
         """
         with ExitStack() as stack:
             for site, edit in edits.items():
-                stack.enter_context(self.model.splice(site, edit))
+                stack.enter_context(self._splice(site, edit))
             return _log_probs(self.model.logits(task.ids_RS, task.attention_RS), task.counted_RS)
+
+    def _splice(self, site: str, edit: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
+        """Replace the activation x_RSD at a site by `edit(x_RSD)` while the block runs."""
+        return self.model.splice(site.removeprefix(self.prefix), edit)
 
     def check_identity(self, site: str, task: Task, clean_T: NDArray[np.float64]) -> None:
         """Splice the true activation, once for a site; where that needs the blocks before it, skip them no

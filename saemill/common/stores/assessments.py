@@ -261,6 +261,15 @@ class OtherDocuments(Record):
     metrics: dict[str, Figure]
 
 
+class BestAt(Record):
+    """The best of the variants that replace the same sites."""
+
+    site: str
+    """Site that it replaces, or those that it does, joined."""
+    variant: Name
+    on_other_documents: OtherDocuments
+
+
 class Place(Record):
     """Distances and zeros of a site's evaluation rows."""
 
@@ -304,6 +313,8 @@ class Assessment(Record):
     thresholds: dict[str, float]
     best_variant: Name
     best_on_other_documents: OtherDocuments
+    best_at_other_sites: tuple[BestAt, ...] = ()
+    """Where variants replace other sites than the best one does, the best of each of these groups."""
     variants: tuple[Entry, ...]
     controls: tuple[Entry, ...]
     least_c_dec: tuple[LeastCDec, ...] = ()

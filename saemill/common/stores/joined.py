@@ -118,6 +118,17 @@ def check_beside(store: "ActivationStore", other: "ActivationStore") -> None:
         )
 
 
+def model_of(store: "ActivationStore") -> dict[str, Any]:
+    """Tell which model the sites of a store beside, called `with.`, are of."""
+    settings = store.settings
+    return {
+        "model": settings.model,
+        "revision": settings.revision,
+        "model_fingerprint": settings.model_fingerprint,
+        "acts_fingerprint": store.fingerprint,
+    }
+
+
 def combined(a: MaskConfig, b: MaskConfig) -> MaskConfig:
     """Combine two masks: what either leaves out is left out."""
     return replace(

@@ -44,6 +44,11 @@ def is_joined(site: str) -> bool:
     return JOINT in site
 
 
+def is_beside(site: str) -> bool:
+    """Tell whether a name is that of a site of the store beside."""
+    return site.startswith(BESIDE)
+
+
 def is_input(site: str) -> bool:
     """Tell whether a site is what a module takes, not what it returns."""
     return site.endswith(INPUT)
