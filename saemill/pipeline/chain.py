@@ -55,6 +55,7 @@ from saemill.pipeline.stages import (
     check_amounts,
     check_input,
     check_removal,
+    hand_on,
     join,
     stages_of,
 )
@@ -109,6 +110,7 @@ class Chain:
         sections = {stage: _here(sections[stage]) for stage in stages_of(sections, self.where)}
         for before, after in pairwise(sections):
             join(sections, before, after)
+        hand_on(sections)
         first = next(iter(sections))
         self._name_run(sections)
         for stage, values in sections.items():
