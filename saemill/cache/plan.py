@@ -260,6 +260,7 @@ class Ahead(NamedTuple):
     """Of the model, without a language-model head."""
     model_bytes: int
     """Bytes of those in memory."""
+    shard_tokens: int
 
 
 def look_ahead(
@@ -296,7 +297,8 @@ def look_ahead(
     outlook = outlook_of(config, sites, row_bytes, n_rows, ctx_len, identity, n_weights, device, copied)
     check_disk(config, outlook, row_bytes, ctx_len, identity)
     widths = {site.name: site.width for site in sites}
-    return Ahead(outlook, widths, row_bytes, n_weights, model_bytes(n_weights, identity))
+    n_bytes, shard_tokens = model_bytes(n_weights, identity), int(identity["shard_tokens"])
+    return Ahead(outlook, widths, row_bytes, n_weights, n_bytes, shard_tokens)
 
 
 def _checked_room(config: CacheConfig, n_bytes: int, n_shards: int) -> int:
