@@ -98,6 +98,7 @@ IN_TRAIN = {
     "inputs": GROUND | {"stream", "sweep", "objective", "sites"},
     "record": GROUND | {"learner", "stream", "sweep"},
     "following": {"stream"},
+    "needed": GROUND | {"following", "stream", "sweep", "watch"},
     "watch": GROUND | {"learner"},
     "trainer": GROUND | {"backends", "following", "learner", "record", "stream", "sweep", "watch"},
     "export": GROUND | {"record", "sweep", "trainer"},

@@ -108,9 +108,11 @@ class Filling:
 
     def _write(self, share: Share, stored_TC: dict[str, Tensor]) -> None:
         """Write a shard at the sites that lack it. If the claim was lost, the remaining sites are dropped."""
+        n_rows = min(self.batch_size, len(self.store.rows_of(share.shard)))
         try:
             for writer in share.writers:
-                writer.write(share.shard, stored_TC[writer.site.name], share.claim, self.permuted)
+                stored = stored_TC[writer.site.name]
+                writer.write(share.shard, stored, share.claim, self.permuted, n_rows)
                 self.n_written += 1
         except Lost as lost:
             say(f"{lost}; this worker's shard is dropped")

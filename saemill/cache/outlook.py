@@ -5,10 +5,12 @@ from collections.abc import Mapping
 import torch
 
 from saemill.cache.config import CacheConfig
+from saemill.cache.placing import spool, spooled_bytes
 from saemill.common import durable
+from saemill.common.addresses import address_of
 from saemill.common.device import is_fast_at_bf16
 from saemill.common.log import counted
-from saemill.common.outlook import Outlook, process_bytes, shown
+from saemill.common.outlook import Outlook, free_bytes, process_bytes, shown
 from saemill.common.stores.forms.packing import BLOCK_TOKENS
 from saemill.common.stores.site_records import Site
 from saemill.common.stores.tokens import TokenStore
@@ -19,6 +21,8 @@ RECORD_BYTES = 2 * 4 / 3 + 8 * 4 / 3 / BLOCK_TOKENS
 """Bytes of a token in a shard's record, in base64: its norm, and its part of a block's hash."""
 STATISTICS_BYTES = 2 * 8 * 4 / 3
 """Bytes of a dimension there: mean and squared deviations."""
+RECORDS, COPY = "records", "copy of the tokens"
+"""Names of what is written beside the shards."""
 BITS = {"load_in_8bit": 8, "load_in_4bit": 4}
 """Settings of weights in fewer bits."""
 
@@ -52,6 +56,7 @@ def outlook_of(
     disk = {site.name: n_shards * shard_tokens * row_bytes[site.name] for site in sites}
     records = sum(n_shards * (shard_tokens * RECORD_BYTES + site.width * STATISTICS_BYTES) for site in sites)
     shards = [shard_tokens * row_bytes[site.name] for site in sites]
+    written = disk | {RECORDS: round(records), COPY: tokens_bytes}
     model = {"model": model_bytes(n_weights, identity)}
     # One shard of each site is computed while the one before is written, a site at a time, permuted.
     buffers = {"shards": sum(shards) * min(2, n_shards) + max(shards)}
@@ -67,6 +72,12 @@ def outlook_of(
     limit = config.max_disk_bytes
     if limit is not None and limit < sum(disk.values()):
         what = (*what, f"  at most {shown(limit)} of them at once; what is read is removed")
+    if address := address_of(config.out):
+        here = spooled_bytes(address, max(shards), mirrored_bytes(written))
+        on_the_way = (
+            f"{shown(here)} at once on the disk here, in {spool()}, {shown(free_bytes(spool()))} free"
+        )
+        what = (*what, f"  {on_the_way}: a shard before it is sent, the records, the tokens")
     is_new = not (config.out / "zarr.json").exists()
     if identity["model_dtype"] == "float32" and config.model_dtype == "auto" and is_new:
         if is_fast_at_bf16(device):
@@ -77,11 +88,16 @@ def outlook_of(
         folder=config.out,
         amounts={"max_tokens": n_rows * ctx_len},
         least=ctx_len,
-        disk=disk | {"records": round(records), "copy of the tokens": tokens_bytes},
+        disk=written,
         n_files=FILES_PER_STORE + len(sites) * (FILES_PER_SITE + FILES_PER_SHARD * n_shards),
         memory={"libraries": process_bytes()} | buffers | ({} if on_gpu else model),
         gpu=model if on_gpu else {},
     )
+
+
+def mirrored_bytes(disk: Mapping[str, int]) -> int:
+    """Add up the bytes of what is written that the mirror of an address holds too."""
+    return disk[RECORDS] + disk[COPY]
 
 
 def bytes_of_copy(tokens: TokenStore, n_rows: int) -> int:

@@ -16,12 +16,13 @@ from saemill.cache.claims.objects import Objects
 from saemill.common import durable
 from saemill.common.addresses import address_of
 from saemill.common.errors import ConfigError
-from saemill.common.outlook import free_bytes, nearest_folder
+from saemill.common.outlook import free_bytes, nearest_folder, shown
 from saemill.common.sizes import written
 from saemill.common.stores import mirror
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.objects import MOST_BYTES
 from saemill.common.stores.site_records import CLAIMS
+from saemill.common.world import World
 
 Mark = int | str | None
 """What is another one when a file is: its inode, or its object's tag; None where there is none."""
@@ -158,7 +159,7 @@ class InBucket:
         self.name, self.mirror = address, mirror.opened_to_write(address)
         self.folder = self.mirror.folder
         self.claims: Board = Objects(self.mirror.remote)
-        self.unfinished = user_cache_path("saemill") / "unfinished" / self.folder.name
+        self.unfinished = spool() / "unfinished" / self.folder.name
         self.unfinished.mkdir(parents=True, exist_ok=True)
 
     def create(self, finished: Path, path: Path) -> Mark:
@@ -209,12 +210,18 @@ class InBucket:
         return self.mirror.name_of(path)
 
     def check_room(self, n_bytes: float, shard_bytes: float, advice: str) -> None:
-        """Compare a shard with the largest object; see `Place`."""
-        check_object(self.name, shard_bytes)
+        """Compare a shard with the largest object, and with what is free on the disk here; see `Place`."""
+        check_bucket(self.name, shard_bytes)
 
 
-def check_object(address: str, shard_bytes: float) -> None:
-    """Refuse shards that an object store does not take at once.
+def check_bucket(address: str, shard_bytes: float, mirrored_bytes: int = 0) -> None:
+    """Refuse shards that an object store does not take at once, or that have no room on the disk here, where
+    each is made before it is sent.
+
+    Args:
+        address: where the store is to lie.
+        shard_bytes: of the largest shard.
+        mirrored_bytes: of what the mirror of the address will hold.
 
     Raises:
         ConfigError: they are too large.
@@ -222,8 +229,30 @@ def check_object(address: str, shard_bytes: float) -> None:
     if shard_bytes > MOST_BYTES:
         raise ConfigError(
             f"a shard takes {written(int(shard_bytes))}, and an object of {address} at most "
-            f"{written(MOST_BYTES)}; make shards smaller: --shard-tokens, of passages --shard-rows"
+            f"{written(MOST_BYTES)}; {SMALLER}"
         )
+    needed, free = spooled_bytes(address, shard_bytes, mirrored_bytes), free_bytes(spool())
+    if needed > free:
+        raise ConfigError(
+            f"{shown(needed)} are needed in {nearest_folder(spool())}, {shown(free)} are free: shards of "
+            f"{address} are made there before they are sent, beside the records and the tokens; choose "
+            f"another disk by XDG_CACHE_HOME, remove {spool() / 'blocks'}, or {SMALLER}"
+        )
+
+
+SMALLER = "make shards smaller: --shard-tokens, of passages --shard-rows"
+
+
+def spool() -> Path:
+    """Name the folder that holds mirrors of addresses, and what is on its way there."""
+    return user_cache_path("saemill")
+
+
+def spooled_bytes(address: str, shard_bytes: float, mirrored_bytes: int) -> float:
+    """Work out how many more bytes are in that folder at once: a shard of each process of this machine, and
+    what is not in the mirror yet; arguments as of `check_bucket`."""
+    lacking = mirrored_bytes - durable.folder_bytes(mirror.folder_of(address))
+    return shard_bytes * World.here().local_size + max(0, lacking)
 
 
 def place_of(out: Path) -> OnDisk | InBucket:

@@ -10,8 +10,8 @@ import torch
 
 from saemill.cache.config import CacheConfig
 from saemill.cache.folder import check_same_store, existing_settings
-from saemill.cache.outlook import bytes_of_copy, model_bytes, outlook_of
-from saemill.cache.placing import check_object
+from saemill.cache.outlook import bytes_of_copy, mirrored_bytes, model_bytes, outlook_of
+from saemill.cache.placing import check_bucket
 from saemill.common import config as settings
 from saemill.common import durable, setting
 from saemill.common.addresses import address_of
@@ -216,7 +216,9 @@ def check_disk(
         ConfigError: with the bytes that are needed and those that are free.
     """
     if address := address_of(config.out):
-        check_object(address, max(row_bytes.values()) * identity["shard_tokens"])
+        check_bucket(
+            address, max(row_bytes.values()) * identity["shard_tokens"], mirrored_bytes(outlook.disk)
+        )
         return
     folder, free, shard_tokens = nearest_folder(config.out), free_bytes(config.out), identity["shard_tokens"]
     there = {name: durable.folder_bytes(site_path(config.out, name) / "c") for name in row_bytes}
@@ -258,6 +260,7 @@ class Ahead(NamedTuple):
     """Of the model, without a language-model head."""
     model_bytes: int
     """Bytes of those in memory."""
+    shard_tokens: int
 
 
 def look_ahead(
@@ -294,7 +297,8 @@ def look_ahead(
     outlook = outlook_of(config, sites, row_bytes, n_rows, ctx_len, identity, n_weights, device, copied)
     check_disk(config, outlook, row_bytes, ctx_len, identity)
     widths = {site.name: site.width for site in sites}
-    return Ahead(outlook, widths, row_bytes, n_weights, model_bytes(n_weights, identity))
+    n_bytes, shard_tokens = model_bytes(n_weights, identity), int(identity["shard_tokens"])
+    return Ahead(outlook, widths, row_bytes, n_weights, n_bytes, shard_tokens)
 
 
 def _checked_room(config: CacheConfig, n_bytes: int, n_shards: int) -> int:

@@ -25,6 +25,8 @@ from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.site_records import (
     EMBEDDINGS,
     REPAIR,
+    Commit,
+    Shard,
     Site,
     SiteManifest,
     StoreSettings,
@@ -34,6 +36,8 @@ from saemill.common.stores.site_records import (
 )
 from saemill.common.world import World
 
+Known = Commit | Shard
+"""What is known of a shard: its record, or its entry in the site's manifest."""
 CACHE_AGAIN = "`saemill cache` again, as it was called first, computes it anew"
 
 
@@ -46,11 +50,12 @@ def repair(
         path: its folder, or its address.
         model: the one that was cached, if not where the store says.
         device: that it runs on, as when it was cached.
-        batch_size: rows per forward pass, as when it was cached; None if that was left open.
+        batch_size: rows per forward pass of shards whose records do not tell; None if that was left open.
         stop: event that stops it, as a signal does.
 
     Raises:
-        ConfigError: the store cannot be computed again by a model alone, or comes out otherwise.
+        ConfigError: the store cannot be computed again by a model alone, or comes out otherwise; or
+            `batch_size` has no effect.
         StoreError: too much of it is damaged.
         Interrupted: a signal came; the same call goes on.
     """
@@ -112,23 +117,24 @@ def _width(store: ActivationStore, name: str) -> int:
     raise StoreError(f"neither a record of {name} nor its manifest in {store.path} is whole: {CACHE_AGAIN}")
 
 
-def _bad(writer: SiteWriter) -> dict[int, str]:
+def _bad(writer: SiteWriter) -> dict[int, Known]:
     """Find the shards of which the file is not what the manifest, or the shard's record, tells of.
 
-    Returns: the hash that each had, by number.
+    Returns: what is known of each, by number.
 
     Raises:
         StoreError: of one both are damaged, so that nothing tells what its file was.
     """
     if not writer.is_calibrated:
         raise StoreError(f"the calibration of {writer.site.name} is lost: {CACHE_AGAIN}")
-    bad, manifest = {}, writer.manifest()
+    bad: dict[int, Known] = {}
+    manifest = writer.manifest()
     for shard in range(writer.store.n_shards):
         writer.worker.check_stop()
         known = manifest.shards[shard] if manifest else writer.commit(shard)
         if known is not None:
             if writer.array.problem(shard, known.bytes, known.xxh3):
-                bad[shard] = known.xxh3
+                bad[shard] = known
         elif writer.manifest_path.exists() or writer.commit_path(shard).exists():
             raise StoreError(
                 f"nothing whole tells what shard {shard} of {writer.site.name} in {writer.store.path} was: "
@@ -140,40 +146,49 @@ def _bad(writer: SiteWriter) -> dict[int, str]:
 def _compute(
     worker: Worker,
     writers: list[SiteWriter],
-    bad: dict[str, dict[int, str]],
+    bad: dict[str, dict[int, Known]],
     model_name: str | None,
     device: str,
     batch_size: int | None,
 ) -> None:
-    """Compute bad shards again, those of one number at all sites at once."""
-    store, n_bad = writers[0].store, sum(map(len, bad.values()))
+    """Compute bad shards again, those of one number at once at all sites where batches were the same."""
+    store, known = writers[0].store, [each for shards in bad.values() for each in shards.values()]
+    if batch_size is not None and all(each.batch_rows for each in known):
+        raise ConfigError(
+            f"batch_size has no effect: the records of the bad shards in {store.path} tell by how many rows "
+            "they were computed; leave it out"
+        )
     model = _load(store, model_name, device)
-    n_rows = batch_rows(batch_size, store.tokens.ctx_len, model.device)
-    shards = sorted(set[int]().union(*bad.values()))
-    with progress("repair", sum(map(store.shard_length, shards)), "tokens", 0) as advance:
+    otherwise = batch_rows(batch_size, store.tokens.ctx_len, model.device)
+    passes: dict[tuple[int, int], list[SiteWriter]] = {}
+    for writer in writers:
+        for shard, each in bad[writer.site.name].items():
+            passes.setdefault((shard, each.batch_rows or otherwise), []).append(writer)
+    n_tokens = sum(store.shard_length(shard) for shard, _ in passes)
+    with progress("repair", n_tokens, "tokens", 0) as advance:
 
         def done(n_tokens: int) -> None:
             worker.check_stop()
             advance(n_tokens)
 
         spare = Spare()
-        for shard in shards:
-            lacking = [writer for writer in writers if shard in bad[writer.site.name]]
+        for (shard, n_rows), lacking in sorted(passes.items(), key=lambda item: item[0]):
             forms = {writer.site.name: writer.form for writer in lacking}
             stored_TC = computed(store, model, forms, shard, n_rows, done, spare)
             for writer in lacking:
                 name = writer.site.name
-                if not writer.restore(shard, stored_TC[name], bad[name][shard]):
-                    raise _comes_out_otherwise(store, name, shard)
-    say(f"{counted(n_bad, 'shard')} computed again, each as it was")
+                if not writer.restore(shard, stored_TC[name], bad[name][shard].xxh3):
+                    raise _comes_out_otherwise(store, name, shard, bad[name][shard].batch_rows)
+    say(f"{counted(len(known), 'shard')} computed again, each as it was")
 
 
-def _comes_out_otherwise(store: ActivationStore, site: str, shard: int) -> ConfigError:
+def _comes_out_otherwise(store: ActivationStore, site: str, shard: int, n_rows: int | None) -> ConfigError:
     """Make the error for a shard that is not what its record tells of."""
+    settings = " and --device" if n_rows else ", --device and --batch-size"
     versions = ", ".join(f"{name} {version}" for name, version in sorted(store.settings.versions.items()))
     return ConfigError(
         f"shard {shard} of {site} in {store.path} does not come out as it was, so nothing took its place: "
-        "give the model, --device and --batch-size with which it was cached, on a machine of that kind and "
+        f"give the model{settings} with which it was cached, on a machine of that kind and "
         f"with the same versions ({versions}). Where that cannot be had, {CACHE_AGAIN}"
     )
 

@@ -100,4 +100,5 @@ def _record_again(writer: SiteWriter, shard: int, known: Commit | Shard) -> Comm
     """Compute the record of a shard whose file is whole, from the file."""
     array = writer.array
     rows_TC = np.concatenate([array.block(shard, block) for block in range(array.n_blocks(shard))])
-    return writer.record(shard, as_tensor(rows_TC, writer.form.stored), known.bytes, known.xxh3)
+    stored_TC = as_tensor(rows_TC, writer.form.stored)
+    return writer.record(shard, stored_TC, known.bytes, known.xxh3, known.batch_rows)

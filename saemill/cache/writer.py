@@ -98,7 +98,9 @@ class SiteWriter:
         if found != self.known:
             put(record_path(self.store.path, self.site.name), records.content(self.known), self.worker)
 
-    def write(self, shard: int, stored_TC: Tensor, claim: Claim, spare: Spare) -> None:
+    def write(
+        self, shard: int, stored_TC: Tensor, claim: Claim, spare: Spare, batch_rows: int | None = None
+    ) -> None:
         """Write and commit one shard.
 
         Args:
@@ -106,6 +108,7 @@ class SiteWriter:
             stored_TC: stored rows in address order, on the CPU.
             claim: the right to do so.
             spare: memory for the same rows in the file's order.
+            batch_rows: rows per forward pass that computed them; None where no model did, or nobody knows.
 
         Raises:
             DataError: some value is NaN or infinite.
@@ -115,8 +118,8 @@ class SiteWriter:
         permuted_TC = self._permuted(shard, stored_TC, spare)
         data, record = self.worker.partial(), self.worker.partial()
         try:
-            written = self.array.write_shard(shard, as_numpy(permuted_TC), data)
-            records.write(record, self.record(shard, permuted_TC, *written))
+            file = self.array.write_shard(shard, as_numpy(permuted_TC), data)
+            records.write(record, self.record(shard, permuted_TC, *file, batch_rows))
             claim.check()
             self._publish(shard, data, record)
         except OSError:
@@ -176,7 +179,9 @@ class SiteWriter:
             f"shard {shard}; {advice}. The shard was not written; the store keeps its finished ones."
         )
 
-    def record(self, shard: int, permuted_TC: Tensor, n_bytes: int, xxh3: str) -> Commit:
+    def record(
+        self, shard: int, permuted_TC: Tensor, n_bytes: int, xxh3: str, batch_rows: int | None
+    ) -> Commit:
         """Compute the record of a shard: its file's size and hash, and sums over its training positions."""
         moments, sketch = Moments(self.site.width), NormSketch()
         keep = self.store.keep(shard, self.store.mask, held_out=False)
@@ -201,6 +206,7 @@ class SiteWriter:
             distances=dict(sorted(moments.distances.items())),
             norms=encode_array(norms_T),
             lengths=sketch.counts,
+            batch_rows=batch_rows,
         )
 
     def _publish(self, shard: int, data: Path, record: Path) -> None:

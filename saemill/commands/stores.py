@@ -34,7 +34,7 @@ def verify(
     ] = None,
     device: Annotated[str | None, option("Device that it was cached on [auto].", "NAME")] = None,
     batch_size: Annotated[
-        int | None, option("Rows per forward pass, as when it was cached, unless that was left open.", "ROWS")
+        int | None, option("Rows per forward pass of an older store, whose records do not tell.", "ROWS")
     ] = None,
 ) -> None:
     """Check every file against its hash and name each bad one; exit code 1 if there are any.

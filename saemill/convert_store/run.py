@@ -103,5 +103,7 @@ def _write(
             writer.worker.check_stop()
             start = shard * store.shard_tokens
             rows_TC = addressed.rows(start, start + store.shard_length(shard))
-            writer.write(shard, stored_again(site, rows_TC, writer.form), claim, spare)
+            same = store.shard_tokens == site.store.shard_tokens
+            batch_rows = site.manifest.shards[shard].batch_rows if same else None
+            writer.write(shard, stored_again(site, rows_TC, writer.form), claim, spare, batch_rows)
             advance(len(rows_TC))

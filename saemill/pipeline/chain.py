@@ -55,6 +55,7 @@ from saemill.pipeline.stages import (
     check_amounts,
     check_input,
     check_removal,
+    hand_on,
     join,
     stages_of,
 )
@@ -109,6 +110,7 @@ class Chain:
         sections = {stage: _here(sections[stage]) for stage in stages_of(sections, self.where)}
         for before, after in pairwise(sections):
             join(sections, before, after)
+        hand_on(sections)
         first = next(iter(sections))
         self._name_run(sections)
         for stage, values in sections.items():
@@ -185,7 +187,7 @@ class Chain:
                 training, out=self._place("runs", caching.model, [training.identity(), content])
             )
         self.configs |= {"cache": caching, "train": replace(training, acts=caching.out)}
-        check_room(caching, training, content, TokenStore(caching.tokens).ctx_len, _sites(caching))
+        check_room(caching, training, content, _sites(caching))
         names = [site.name for site in _sites(caching)]
         whole = has_sites(caching.out, content, names)
         if whole:

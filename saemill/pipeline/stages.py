@@ -69,6 +69,17 @@ def join(sections: Sections, before: str, after: str) -> Path | None:
     return Path(str(out or read))
 
 
+def hand_on(sections: Sections) -> None:
+    """Let the assessment keep as much of a store in a bucket on the disk as training, unless it says itself
+    how much, or reads activations on a disk."""
+    if "assess" not in sections:
+        return
+    train, assess = sections.get("train", {}), sections["assess"]
+    read = [assess.get(name) or train.get(name) for name in ("acts", "with_acts")]
+    if assess.get("local_cache") is None and any(path and address_of(path) for path in read):
+        sections["assess"] = assess | {"local_cache": train.get("local_cache")}
+
+
 def absolute(config: Any) -> Any:
     """Make the folders of a config independent of the current one."""
     values = {setting.name: getattr(config, setting.name) for setting in fields(config)}

@@ -19,14 +19,17 @@ from saemill.cache.config import CacheConfig
 from saemill.cache.run import run as cache
 from saemill.common import config as settings
 from saemill.common.errors import ConfigError, Interrupted, SaemillError, StoreError
+from saemill.common.log import counted
 from saemill.common.signals import stop_on_signal
 from saemill.common.sizes import written
 from saemill.common.stores.activations import ActivationStore
-from saemill.common.stores.followed import grouped, two_groups
 from saemill.common.stores.forms.form import form_of
+from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.site_records import Site
+from saemill.common.stores.tokens import TokenStore
 from saemill.common.world import World
 from saemill.train.config import TrainConfig
+from saemill.train.needed import counted_by_shard, needed_of
 
 LOOK_SECONDS = 0.2
 """Seconds between two looks at the training process when there is nothing else to do."""
@@ -138,32 +141,38 @@ def cache_and_train(caching: CacheConfig, training: TrainConfig, model: Any = No
 
 
 def check_room(
-    caching: CacheConfig, training: TrainConfig, content: Mapping[str, Any], ctx_len: int, sites: list[Site]
+    caching: CacheConfig, training: TrainConfig, content: Mapping[str, Any], sites: list[Site]
 ) -> None:
     """Refuse less room on the disk than both need: where shards are removed when they are read, for a group
-    that training is in, and the next one; else for all.
+    that training is in, the next one, and the first shards, as many as hold the held-out tokens that it
+    measures on; else for all.
 
     Args:
-        caching: settings of the one.
+        caching: settings of the one; its tokens are there.
         training: settings of the other.
         content: settings that decide the store's content.
-        ctx_len: tokens per row.
         sites: of the store.
 
     Raises:
         ConfigError: there is less, with what is needed.
     """
-    shard_tokens, limit = content["shard_tokens"], caching.max_disk_bytes
-    n_shards = -(-content["n_rows"] * ctx_len // shard_tokens)
+    limit = caching.max_disk_bytes
+    if limit is None:
+        return
+    tokens, n_rows, shard_tokens = TokenStore(caching.tokens), content["n_rows"], content["shard_tokens"]
     if caching.delete_consumed:
-        n_needed = two_groups(grouped(n_shards, shard_tokens, training.group_tokens))
-        why = "training needs two groups of shards at once, one to read and one that is written"
-        less = "a smaller train.follow_tokens"
+        mask = settings.build(MaskConfig, content["mask"], "mask")
+        by_shard = counted_by_shard(tokens, n_rows, shard_tokens, training.mask.positions(mask))
+        n_kept, n_needed = needed_of(training, *by_shard, shard_tokens)
+        first = f"the first {counted(n_kept, 'shard')} to its end, to measure on, and " if n_kept else ""
+        why = f"training needs {first}two groups of shards at once, one to read and one that is written"
+        less = f"a smaller train.follow_tokens{' or train.eval_tokens' if n_kept else ''}"
     else:
-        n_needed, why = n_shards, "all shards are kept"
+        n_needed, why = -(-n_rows * tokens.ctx_len // shard_tokens), "all shards are kept"
         less = "add --delete-consumed, by which shards that training has read are removed"
     forms = [form_of(content["dtype"], site.width) for site in sites]
     token_bytes = sum(form.columns * form.stored.itemsize for form in forms)
-    needed = written(n_needed * shard_tokens * token_bytes)
-    if limit is not None and limit < n_needed * shard_tokens * token_bytes:
-        raise ConfigError(f"max_disk {caching.max_disk}: {why}, {needed}; give as much or more, or {less}")
+    n_bytes = n_needed * shard_tokens * token_bytes
+    if limit < n_bytes:
+        size = written(n_bytes)
+        raise ConfigError(f"max_disk {caching.max_disk}: {why}, {size}; give as much or more, or {less}")

@@ -14,10 +14,11 @@ from saemill.cache.outlook import model_bytes
 from saemill.cache.plan import look_ahead
 from saemill.common.config import nearest
 from saemill.common.errors import ConfigError
+from saemill.common.log import counted
 from saemill.common.models.architecture import Architecture
 from saemill.common.models.model import IN_MEMORY, head_of
 from saemill.common.models.sites import load_model_config
-from saemill.common.outlook import Outlook
+from saemill.common.outlook import Outlook, shown
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.site_names import parts_of
@@ -26,6 +27,7 @@ from saemill.train import outlook as train
 from saemill.train.backends.choose import choose_product_dtype, kernels_of
 from saemill.train.config import TrainConfig
 from saemill.train.inputs import with_site
+from saemill.train.needed import needed_of
 from saemill.train.outlook import dead_after_tokens
 from saemill.train.sweep.placement import allowed_latent_ranks, choose
 from saemill.train.sweep.schedule import schedule_of
@@ -91,6 +93,8 @@ class Cached:
     """Of the model in memory, its language-model head among them."""
     n_ids: int
     """Size of its vocabulary; 0 where it has no language-model head, and so no losses."""
+    shard_tokens: int
+    """Tokens per shard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +117,7 @@ def caching(
     store = look_ahead(config, rows.n_rows, rows.ctx_len, device, tokens)
     model_config = load_model_config(config.model, config.revision, config.trust_remote_code)
     of_model = _of_model(model_config, store.n_weights, store.model_bytes)
-    return store.outlook, Cached(store.widths, store.row_bytes, *of_model)
+    return store.outlook, Cached(store.widths, store.row_bytes, *of_model, store.shard_tokens)
 
 
 def _of_model(config: Any, n_weights: int, n_bytes: int) -> tuple[int, int]:
@@ -161,6 +165,22 @@ def training(
     outlook = train.outlook_of(config, variants, placement, stream, schedule.n_steps, by, held_out)
     train.check_room(config, outlook, len(variants), stream.n_tokens)
     return outlook, Trained(config, variants)
+
+
+def followed(config: TrainConfig, rows: Rows, cached: Cached) -> str:
+    """Tell about how much of what is cached a run needs on the disk at once that follows it, where what is
+    held out or masked is spread evenly.
+
+    Raises:
+        ConfigError: as training would.
+    """
+    n_shards = -(-rows.n_tokens // cached.shard_tokens)
+    n_held_out = rows.n_held_out * rows.ctx_len * rows.kept_share
+    by_shard = ([round(n / n_shards)] * n_shards for n in (rows.epoch_tokens, n_held_out))
+    needed = needed_of(config, *by_shard, cached.shard_tokens)
+    n_bytes = needed.together * cached.shard_tokens * sum(cached.row_bytes.values())
+    kept = f", the first {counted(needed.kept, 'shard')} of it to the end" if needed.kept else ""
+    return f"  training needs about {shown(n_bytes)} of them at once{kept}"
 
 
 def _named(config: TrainConfig) -> list[str]:
@@ -213,7 +233,7 @@ def of_store(store: ActivationStore, config: TrainConfig) -> tuple[Rows, Cached]
     arrays = [store.site(name) for name in store.sites]
     widths = {array.name: array.width for array in arrays}
     row_bytes = {array.name: array.columns * array.stored.itemsize for array in arrays}
-    return rows, Cached(widths, row_bytes, *model)
+    return rows, Cached(widths, row_bytes, *model, store.shard_tokens)
 
 
 def few_steps(config: TrainConfig, acts: Path, n_tokens: int) -> TrainConfig:

@@ -10,6 +10,7 @@ from saemill.assess.config import AssessConfig
 from saemill.assess.run import run as assess
 from saemill.cache.config import CacheConfig
 from saemill.cache.fill import batch_rows
+from saemill.cache.plan import content_of
 from saemill.cache.run import run as cache
 from saemill.common.addresses import is_there
 from saemill.common.errors import ConfigError
@@ -17,9 +18,11 @@ from saemill.common.outlook import Outlook
 from saemill.common.stores import runs
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.mask import MaskConfig
+from saemill.common.stores.site_records import Site
 from saemill.common.stores.tokens import TokenStore
 from saemill.pipeline.found import has_sites
 from saemill.pipeline.stages import MADE, READS
+from saemill.pipeline.together import check_room
 from saemill.plan import ahead
 from saemill.plan.ahead import Cached, Rows, Trained
 from saemill.plan.child import Measured, Piece
@@ -85,10 +88,12 @@ class Planner:
     Args:
         place: fills in the folders that are found by content, where they can be known.
         probe: measures; None without.
+        follower: training, where it follows caching and what it has read is removed.
     """
 
     place: Callable[[str, Any], Any]
     probe: Probe | None
+    follower: TrainConfig | None = None
     unmeasured: str = field(init=False, default="")
     """Why stages are not measured; empty where they are."""
     tokens: TokenStore | None = field(init=False, default=None)
@@ -159,6 +164,11 @@ class Planner:
             if has_sites(config.out, {}, list(self.cached.widths)):
                 self.acts, self.has_acts = config.out, True
                 return Planned(replace(outlook, is_done=True), None)
+        if self.follower is not None:
+            if has_tokens:
+                self._check_room(device.here(config), self.follower)
+            told = ahead.followed(self.follower, self.rows, self.cached)
+            outlook = replace(outlook, what=(*outlook.what, told))
         self._leave_out(device)
         if self.tokens is None or self.probe is None:
             return Planned(outlook, None)
@@ -167,6 +177,13 @@ class Planner:
         least = batch_rows(config.batch_size, some.ctx_len, device.planned) * some.ctx_len
         measured, self.acts = self._measured(outlook, small, least, some.n_tokens)
         return _planned(outlook, measured)
+
+    def _check_room(self, config: CacheConfig, follower: TrainConfig) -> None:
+        """Refuse less room than caching and training need at once, as both would."""
+        assert self.tokens is not None
+        assert self.cached is not None
+        sites = [Site(name, width) for name, width in self.cached.widths.items()]
+        check_room(config, follower, content_of(config, self.tokens), sites)
 
     def _train(self, config: TrainConfig) -> Planned:
         device = Device.of(config.device)

@@ -66,13 +66,20 @@ def plan(
     if World.here().size > 1:
         raise ConfigError("a plan is made by one process; start it without torchrun or srun")
     with probing() if measures else nullcontext() as probe:
-        planner, done = Planner(place, probe), []
+        planner, done = Planner(place, probe, _follower(configs)), []
         for number, (stage, config) in enumerate(configs.items(), 1):
             say(f"{number}. {stage}" if len(configs) > 1 else stage)
             done.append(planner.stage(stage, config))
             _tell(done[-1], planner.unmeasured)
         say(_sum(done, probe.measured_seconds if probe else 0.0))
     return done
+
+
+def _follower(configs: dict[str, Any]) -> Any:
+    """Return the settings of training where it follows caching, and what it has read is removed."""
+    caching, training = configs.get("cache"), configs.get("train")
+    follows = caching is not None and training is not None and training.follow
+    return training if follows and caching.delete_consumed else None
 
 
 def _tell(planned: Planned, unmeasured: str) -> None:

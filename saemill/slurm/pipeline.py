@@ -16,6 +16,7 @@ from saemill.pipeline.stages import (
     check_amounts,
     check_input,
     check_removal,
+    hand_on,
     join,
     stages_of,
 )
@@ -46,6 +47,7 @@ class Pipeline:
                 raise ConfigError(
                     f"{before}.out must be given: the folder that {before} writes and {after} reads"
                 )
+        hand_on(sections)
         if "run" in sections:
             raise ConfigError(f"the section run of {file} is for `saemill run`, and has no effect here")
         stages = {stage: settings.build(CONFIGS[stage], sections[stage], stage) for stage in present}

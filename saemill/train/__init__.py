@@ -10,6 +10,7 @@ run.py        settings → a trainer → SAEs on disk
 build.py      variants → backend, banks, trainer
 inputs.py     sites, stream, model
 outlook.py    what a run will do, and what it needs
+needed.py     how many shards a run needs at once that follows a store
 following.py  waiting for shards, where the store is still being filled
 trainer.py    the loop
 export.py     what a finished run leaves

@@ -1,5 +1,6 @@
 """A run that follows a store: it waits for shards, and tells the store which ones it still needs."""
 
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from threading import Event
@@ -7,10 +8,8 @@ from threading import Event
 from saemill.common import records
 from saemill.common.errors import Interrupted, StoreError
 from saemill.common.log import duration, say
-from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.followed import FollowedStore
 from saemill.common.stores.followers import Follower, follower_path, read_consumed
-from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.site_records import site_path
 from saemill.common.world import Group
 from saemill.train.stream import units
@@ -215,14 +214,19 @@ class Following:
         )
 
 
-def held_out_shards(store: ActivationStore, mask: MaskConfig, n_tokens: int) -> int:
-    """Count the first shards in which so many held-out tokens lie that are not masked; all where there are
-    fewer."""
-    for shard in range(store.n_shards):
-        n_tokens -= int(store.keep_addresses(shard, mask, held_out=True).sum())
+def held_out_shards(held_out: Iterable[int], n_tokens: int) -> int:
+    """Count the first shards in which so many held-out tokens lie; all where there are fewer.
+
+    Args:
+        held_out: numbers of those that are not masked, by shard.
+        n_tokens: how many.
+    """
+    n_shards = 0
+    for n_held_out in held_out:
         if n_tokens <= 0:
-            return shard + 1
-    return store.n_shards
+            break
+        n_tokens, n_shards = n_tokens - n_held_out, n_shards + 1
+    return n_shards
 
 
 def following_of(
@@ -240,5 +244,7 @@ def following_of(
     """
     if not isinstance(loader, Loader) or not isinstance(loader.store, FollowedStore):
         return None
-    n_kept = held_out_shards(loader.store, loader.mask, n_held_out) if n_held_out else 0
+    store, mask = loader.store, loader.mask
+    held_out = (int(store.keep_addresses(s, mask, held_out=True).sum()) for s in range(store.n_shards))
+    n_kept = held_out_shards(held_out, n_held_out)
     return Following(loader, run, run_hash, n_steps, n_kept, stop)

@@ -68,6 +68,75 @@ def test_a_claim_lasts_while_its_worker_gives_signs_of_life(
     assert there.claim("shard-1")
 
 
+@pytest.mark.parametrize("moment", ["before it is looked at again", "before it is replaced"])
+def test_a_worker_that_revives_as_it_is_removed_keeps_its_work(
+    moment: str, s3: S3, workers: Callable[[], Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the claim, and the worker's object, when its sign of life comes after others saw that it was
+    silent for too long, and right before they look at it again, or replace it."""
+    monkeypatch.setenv("SAEMILL_CLAIM_SECONDS", "2")
+    there, here = workers(), workers()
+    claim = there.claim("shard-1")
+    assert claim
+    token = there.owner.token
+    wait_until(lambda: here.board.workers()[token].is_dead(here._now()))
+    method, revived = ("HEAD" if moment.endswith("again") else "PUT"), []
+
+    def revive(asked: str, path: str, headers: dict[str, str]) -> None:
+        if not revived and asked == method and path.endswith(f"/worker-{token}"):
+            revived.append(path)
+            there.board.touch(there.owner)
+
+    s3.watch = revive
+    assert here.claim("shard-1") is None
+    assert revived
+    s3.calm()
+    claim.check()
+    assert there.owner.token == token
+    assert there.board.touch(there.owner)
+
+
+def test_a_worker_that_was_removed_notices_by_its_heart(
+    s3: S3, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: the message, told once; the object under a new name, and none under the old one; the claim that
+    nobody took over, which holds."""
+    monkeypatch.setenv("SAEMILL_CLAIM_SECONDS", "1.2")
+    with Worker(InBucket(ADDRESS), threading.Event()) as worker:
+        claim = worker.claim("shard-1")
+        assert claim
+        old = worker.owner.token
+        seen = worker.board.workers()[old]
+        while not worker.board.bury(old, seen):  # whenever its heart was quicker
+            seen = worker.board.workers()[old]
+        wait_until(lambda: worker.owner.token != old and worker.owner.token in worker.board.workers())
+        assert old not in worker.board.workers()
+        claim.check()
+        claim.release()
+    assert capsys.readouterr().out.count("was taken for dead by another one that works in s3://bucket") == 1
+
+
+def test_a_sign_of_life_of_which_the_answer_is_lost_counts(s3: S3, workers: Callable[[], Worker]) -> None:
+    """Oracle: the number of beats in the object: the second attempt finds that the first one came through."""
+    worker = workers()
+    lost: list[str] = []
+
+    def lose(path: str, answer: tuple[int, bytes]) -> tuple[int, bytes] | None:
+        if lost:
+            return answer
+        lost.append(path)
+        return None
+
+    before = worker.board.workers()[worker.owner.token].owner
+    s3.fault = lose
+    worker.board.touch(worker.owner)
+    after = worker.board.workers()[worker.owner.token].owner
+    assert lost
+    assert before
+    assert after
+    assert after.beat == before.beat + 1
+
+
 def test_of_many_that_reach_for_a_claim_one_gets_it(workers: Callable[[], Worker]) -> None:
     """Oracle: at most one of four threads has a claim at a time, and each has it some time; nothing is left
     of a worker that leaves, and nothing of claims is in a mirror."""

@@ -1,11 +1,13 @@
 """Stores that are written to a bucket: the same files as on a disk, whatever fails on the way."""
 
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +30,7 @@ from saemill.common.errors import ConfigError, DataError, DiskError, StoreError
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.site_records import Site
 from saemill.common.stores.tokens import TokenStore
+from saemill.plan.run import plan
 from saemill.show import problems
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -241,6 +244,37 @@ def test_what_a_bucket_cannot_have_is_refused(s3: S3, tokens: TokenStore, neox: 
     cache(tokens, neox, address, **OPTIONS)
     with pytest.raises(ConfigError, match=r"s3://bucket/settled/acts was made with other settings:\n  dtype"):
         cache(tokens, neox, address, dtype="fp32", **OPTIONS)
+
+
+def test_too_little_room_for_shards_on_their_way_is_refused(
+    s3: S3, tokens: TokenStore, neox: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Oracle: a shard of 512 tokens of 32 values of 2 bytes, beside the records and the tokens, of which
+    the outlook tells; what the mirror has already counts. Nothing is written where it is refused, neither
+    here nor there."""
+    shard, address = SHARD * 32 * 2, Path("s3://bucket/tight/acts")
+    settings = OPTIONS | {"shard_tokens": SHARD, "device": "cpu"}
+    config = CacheConfig(tokens=tokens.path, model=neox, out=address, **settings)
+    (outlook,) = [planned.outlook for planned in plan({"cache": config}, measures=False)]
+    rest = outlook.disk["records"] + outlook.disk["copy of the tokens"]
+    told = (
+        f"{(shard + rest) / 2**20:,.1f} MiB at once on the disk here, in {tmp_path / 'cache' / 'saemill'}, "
+    )
+    assert told in capsys.readouterr().out
+    free = shard + rest - 1000  # the mirror has a record of its own
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=free))
+    with pytest.raises(ConfigError, match=r"are needed in .*, .* are free: shards of s3://bucket/tight/acts"):
+        cache(tokens, neox, address, **settings)
+    with pytest.raises(ConfigError, match="choose another disk by XDG_CACHE_HOME"):
+        plan({"cache": config}, measures=False)
+    with pytest.raises(ConfigError, match="choose another disk by XDG_CACHE_HOME"):
+        InBucket("s3://bucket/tight/acts").check_room(0, free + 1, "")
+    assert in_bucket(s3, "tight/acts", tmp_path / "fetched") == {}
+    free = shard + rest
+    cache(tokens, neox, address, **settings)
+    free = shard + rest // 4  # of what is estimated, some may be less
+    cache(tokens, neox, address, **settings)
 
 
 def test_a_damaged_bucket_is_mended(

@@ -251,6 +251,25 @@ def test_a_worker_that_was_taken_for_dead_goes_on_as_a_new_one(workers: Callable
     assert here.claim("shard-1") is None
 
 
+def test_a_worker_that_revives_as_it_is_removed_keeps_its_work(
+    workers: Callable[[], Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the claim, when the sign of life comes after another saw that the worker was silent."""
+    there, here = workers(), workers()
+    claim = there.claim("shard-1")
+    assert claim
+    fall_silent(there, 1000)
+    bury = here.board.bury
+
+    def revived(*arguments: Any) -> bool:
+        there.board.touch(there.owner)
+        return bury(*arguments)
+
+    monkeypatch.setattr(here.board, "bury", revived)
+    assert here.claim("shard-1") is None
+    claim.check()
+
+
 def test_waiting_is_told_and_ends_with_a_signal(
     workers: Callable[[], Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -335,6 +335,20 @@ def test_damaged_activations_in_a_bucket_are_mended(
     assert len(list(Path("saemill-out/runs").glob("*/finished.json"))) == 2
 
 
+def test_the_assessment_keeps_as_much_of_a_bucket_as_training(
+    s3: S3, work: Path, tiny_models: dict[str, str], tokenizer_folder: str, corpus: Path
+) -> None:
+    """Oracle: the files of the local cache: none where training may keep none; some where the assessment says
+    so itself."""
+    flags = SMALL | {"tokenize.tokenizer": tokenizer_folder, "cache.out": "s3://bucket/acts"}
+    flags["train.local_cache"] = "0"
+    kept = work / "cache/saemill/blocks"
+    run(tiny_models["neox"], str(corpus), flags)
+    assert not [*kept.glob("*/*/*")]
+    run(tiny_models["neox"], str(corpus), flags | {"assess.max_tokens": "900", "assess.local_cache": "1GB"})
+    assert [*kept.glob("*/*/*")]
+
+
 def test_one_of_several_leaves_word_of_damage(
     work: Path, tiny_models: dict[str, str], tokenizer_folder: str, corpus: Path, done: list[str],
     monkeypatch: pytest.MonkeyPatch,

@@ -1,6 +1,7 @@
 """Caching and training at once: killed on either side, and what the store is afterwards."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +144,35 @@ def test_too_little_room_is_refused_before_anything_is_cached(settings: list[str
     assert [path.name for path in tmp_path.iterdir()] == ["tokens"]
     size = str(told.value).split("is written, ")[1].split(";")[0]
     assert "train meanwhile" in call("run", *settings, *save, "--max-disk", size)
+
+
+def test_room_for_what_is_measured_on_is_asked_for_before_anything_is_cached(
+    settings: list[str], tmp_path: Path
+) -> None:
+    """Oracle: room for two groups of two shards alone is refused, by the plan too; what the refusal asks for
+    is enough for a run that measures, whose first shards are there at its end; of a store of 13 shards."""
+    save = ["--save-dir", str(tmp_path), "--delete-consumed"]
+    measured = [*settings, *save, "--set", "train.eval_every=6", "--set", "train.eval_tokens=400"]
+    shard_bytes = 512 * 32 * 2
+    too_little = ["--max-disk", str(4 * shard_bytes)]
+    told_before = call("plan", *measured, *too_little, "--no-probe")
+    assert re.search(r"training needs about .* at once, the first \d shards of it to the end", told_before)
+    match = (
+        r"the first (\d) shards to its end, to measure on, and two groups .* is written, (\S+); give as much"
+    )
+    with pytest.raises(ConfigError, match=match) as told:
+        call("run", *measured, *too_little)
+    assert [path.name for path in tmp_path.iterdir()] == ["tokens"]
+    with pytest.raises(ConfigError, match=match):
+        call("plan", *measured, *too_little, "--no-probe")
+    found = re.search(match, str(told.value))
+    assert found
+    n_kept, size = int(found[1]), found[2]
+    call("run", *measured, "--max-disk", size)
+    (acts,) = (tmp_path / "acts").iterdir()
+    there = {int(path.parent.name) for path in acts.glob("layers.1/c/*/0")}
+    assert there >= {*range(n_kept)}
+    assert len(there) <= n_kept + 4
 
 
 def test_removing_what_is_read_needs_a_reader(settings: list[str], tmp_path: Path) -> None:

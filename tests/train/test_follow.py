@@ -15,9 +15,10 @@ from saemill.common import records
 from saemill.common.errors import ConfigError, Interrupted, StoreError
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.followed import FollowedStore
-from saemill.common.stores.followers import Consumed, Follower
+from saemill.common.stores.followers import Consumed, Follower, followers_of
 from saemill.common.stores.mask import TrainingMask
 from saemill.train.following import Following
+from saemill.train.needed import counted_by_shard, needed_of
 from saemill.train.record import checkpoint
 from saemill.train.record.inspect import problems
 from saemill.train.run import run
@@ -184,6 +185,37 @@ def test_a_run_tells_the_store_what_it_needs(
     growing.finish()
     run(following)
     assert list((growing.path / "followers").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"eval_every": 0},
+        {"eval_every": 5, "eval_tokens": 50},
+        {"eval_every": 5, "eval_tokens": 900, "follow_tokens": 512},
+        {"eval_every": 5, "eval_tokens": 900, "follow_tokens": 512, "batch_size": 1024},
+        {"eval_every": 5},
+        {},
+    ],
+)
+def test_what_a_run_needs_is_known_before_there_is_a_store(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the record that the run itself writes when it begins, with shards of 512 tokens: what it needs
+    to measure on, as much as it asks for or all there is, or nothing where it does not come to that, and
+    batches that reach into several groups."""
+    store = make_store(tmp_path / "whole", n_rows=256, ctx_len=32, d=16, shard_tokens=512)
+    growing = Growing(store, tmp_path / "acts")
+    following = replace(config(store, tmp_path / "run", **FOLLOW | changes), acts=growing.path)
+    mask = following.mask.positions(store.mask)
+    by_shard = counted_by_shard(store.tokens, store.tokens.n_rows, store.shard_tokens, mask)
+    kept, together = needed_of(following, *by_shard, store.shard_tokens)
+    growing.grows_when_waited_for(monkeypatch)
+    killed_at(1, following, monkeypatch)
+    (told,) = followers_of(growing.path, store.settings.identity).values()
+    assert kept == told.n_kept
+    assert together == min(told.n_kept + told.at_once, store.n_shards)
+    assert bool(kept) == (changes.get("eval_every", 0) > 0)
 
 
 def test_what_is_gone_is_refused_before_anything_is_lost(

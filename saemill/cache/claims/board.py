@@ -36,6 +36,12 @@ class Board(Protocol):
     def remove_worker(self, token: str) -> None:
         """Remove a worker, if it is there."""
 
+    def bury(self, token: str, seen: Seen) -> bool:
+        """Remove a worker that was taken for dead, unless it gave a sign of life since it was seen so.
+
+        Returns: whether it is removed, by whomever.
+        """
+
     def workers(self) -> dict[str, Seen]:
         """Look at all workers, by token."""
 

@@ -43,6 +43,14 @@ class Files:
         with suppress(OSError):
             self.folder.rmdir()
 
+    def bury(self, token: str, seen: Seen) -> bool:
+        """Look at a worker's file again, and remove it. Of a touch in between the next one fails."""
+        again = Seen.at(self.file(token))
+        if again is not None and again.time > seen.time:
+            return False
+        self.file(token).unlink(missing_ok=True)
+        return True
+
     def workers(self) -> dict[str, Seen]:
         """Look at the workers' files."""
         files = {file.name.removeprefix("worker-"): file for file in self.folder.glob("worker-*")}

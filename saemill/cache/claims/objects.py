@@ -2,16 +2,25 @@
 
 A worker's object is written anew as the worker lives; the bucket says when that was. Claims are not written
 again: each names its worker, and lives as long.
+
+An object store removes without conditions, but it replaces only what is still as it was. So whoever takes a
+worker for dead replaces its object by a tombstone before removing it, and a sign of life replaces the one
+before: of the two that meet, one fails, and knows.
 """
 
 import math
+from secrets import token_hex
+from threading import Lock
 
 from pydantic import ValidationError
 
 from saemill.cache.claims.board import CLAIM, WORKER, claim_name, worker_name
 from saemill.cache.claims.owner import Owner, Seen
-from saemill.common.stores.objects import ObjectStore
+from saemill.common.stores.objects import Listed, ObjectStore
 from saemill.common.stores.site_records import CLAIMS
+
+TOMBSTONE = b"taken for dead by "
+"""Begins what is in the place of a worker until it is removed."""
 
 
 class Objects:
@@ -23,22 +32,46 @@ class Objects:
 
     def __init__(self, remote: ObjectStore) -> None:
         self.remote = remote
+        self._written: dict[str, tuple[Owner, Listed]] = {}
+        """What was written last of the workers that joined here, by token."""
+        self._touching = Lock()
 
     def join(self, owner: Owner) -> None:
         """Write a worker's object."""
-        self.remote.write(_key(worker_name(owner.token)), owner.model_dump_json().encode())
+        key = _key(worker_name(owner.token))
+        self.remote.create(key, owner.model_dump_json().encode())
+        if found := self.remote.look(key):
+            self._written[owner.token] = owner, found
 
     def touch(self, owner: Owner) -> float:
-        """Write a worker's object again, and ask when that was."""
-        self.join(owner)
-        found = self.remote.look(_key(worker_name(owner.token)))
-        if found is None:
-            raise FileNotFoundError(worker_name(owner.token))
+        """Write a worker's object again, if it is still as it was written last, and ask when that was."""
+        name = worker_name(owner.token)
+        with self._touching:
+            if owner.token not in self._written:
+                raise FileNotFoundError(name)
+            last, before = self._written[owner.token]
+            alive = last.model_copy(update={"beat": last.beat + 1})
+            found = self.remote.replace(_key(name), alive.model_dump_json().encode(), before)
+            if found is None:
+                raise FileNotFoundError(name)
+            self._written[owner.token] = alive, found
         return found.seconds
 
     def remove_worker(self, token: str) -> None:
         """Remove a worker's object."""
         self.remote.delete(_key(worker_name(token)))
+
+    def bury(self, token: str, seen: Seen) -> bool:
+        """Look at a worker's object again, replace it by a tombstone, and remove that."""
+        key = _key(worker_name(token))
+        found = self.remote.look(key)
+        if found is None:
+            return True
+        tombstone = TOMBSTONE + token_hex(8).encode()
+        if found.seconds > seen.time or self.remote.replace(key, tombstone, found) is None:
+            return False
+        self.remote.delete(key)
+        return True
 
     def workers(self) -> dict[str, Seen]:
         """Look at the workers' objects."""

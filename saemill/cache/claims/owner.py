@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from saemill.common.records import Record
+from saemill.common.records import Count, Record
 
 EXPIRY_SECONDS = 120.0
 """Seconds without a sign of life after which a worker counts as dead; longer than the 60 s for which NFS
@@ -30,6 +30,8 @@ class Owner(Record):
     started: str | None
     """Start of the process, since process numbers are used again."""
     expiry_seconds: float
+    beat: Count = 0
+    """Number of the sign of life: an object is another with each. 0 on a disk, where the file is touched."""
 
     @classmethod
     def here(cls) -> "Owner":

@@ -9,7 +9,7 @@ from types import TracebackType
 
 from saemill.cache.claims.board import worker_name
 from saemill.cache.claims.files import remove, token_of
-from saemill.cache.claims.owner import Owner
+from saemill.cache.claims.owner import Owner, Seen
 from saemill.cache.placing import Place
 from saemill.common.errors import ConfigError, DiskError, Interrupted, SaemillError, StoreError
 from saemill.common.log import say
@@ -72,6 +72,7 @@ class Worker:
         self.claims: set[Claim] = set()
         self._numbers = itertools.count()
         self._left = threading.Event()
+        self._registering = threading.Lock()
         self._heart = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
 
     def __enter__(self) -> "Worker":
@@ -105,14 +106,23 @@ class Worker:
         """Show that this worker lives; where that fails, a bucket's refusal included, at the next beat."""
         while not self._left.wait(self.owner.expiry_seconds / 24):
             with suppress(OSError, SaemillError):
-                self.board.touch(self.owner)
+                self._now()
 
     def _now(self) -> float:
-        """Read the time by the board's clock, in seconds."""
+        """Read the time by the board's clock, in seconds, which shows that this worker lives. One that others
+        took for dead goes on as a new one."""
+        owner = self.owner
         try:
-            return self.board.touch(self.owner)
+            return self.board.touch(owner)
         except FileNotFoundError:
-            self._register()
+            with self._registering:  # the heart and the work find it out at once
+                if self.owner is owner:
+                    self._register()
+                    say(
+                        f"this process was silent for longer than {owner.expiry_seconds:g} seconds and was "
+                        f"taken for dead by another one that works in {self.place.name}; it goes on, but "
+                        "what it had begun counts only where no other has taken that over"
+                    )
             return self._now()
 
     def partial(self) -> Path:
@@ -127,7 +137,7 @@ class Worker:
         """Claim a name; None if a living worker has it, or several reached for it at once."""
         now = self._now()
         claims = self.board.claims_on(name)
-        if claims and not claims[max(claims)].is_dead(now):
+        if claims and not self._is_dead(claims[max(claims)], now):
             return None
         before = {generation: seen.token for generation, seen in claims.items()}
         claim = Claim(self, name, max(claims, default=-1) + 1, before)
@@ -142,6 +152,10 @@ class Worker:
             claim.release()
             return None
         return claim
+
+    def _is_dead(self, seen: Seen, now: float) -> bool:
+        """Tell whether the worker of a claim is dead, and see to it that it knows."""
+        return seen.is_dead(now) and (seen.token is None or self.board.bury(seen.token, seen))
 
     @contextmanager
     def hold(self, name: str) -> Iterator[Claim]:
@@ -202,15 +216,15 @@ class Worker:
     def _sweep(self) -> None:
         """Remove what dead workers left."""
         now = self._now()
+        left = sorted(self.folder.glob("*"))  # first: whose files these are has joined by now
+        workers = self.board.workers()
+        dead = [
+            token for token, seen in workers.items() if seen.is_dead(now) and self.board.bury(token, seen)
+        ]
         for name in sorted(self.board.names()):
             claims = self.board.claims_on(name).values()
             if any(seen.is_dead(now) for seen in claims) and (claim := self.claim(name)):
                 claim.release()
-        left = sorted(self.folder.glob("*"))  # first: whose files these are has joined by now
-        workers = self.board.workers()
-        dead = [token for token, seen in workers.items() if seen.is_dead(now)]
         for path in left:
             if (token := token_of(path)) and (token in dead or token not in workers):
                 remove(path)
-        for token in dead:
-            self.board.remove_worker(token)

@@ -35,11 +35,6 @@ def grouped(n_shards: int, shard_tokens: int, group_tokens: int) -> list[range]:
     return [range(*edge) for edge in pairwise(edges)]
 
 
-def two_groups(groups: list[range]) -> int:
-    """Count the shards that a follower needs at once: those of the group that it is in, and of the next."""
-    return max(map(len, groups)) * min(2, len(groups))
-
-
 class FollowedStore(ActivationStore):
     """Read access to what is there of a store.
 

@@ -34,13 +34,22 @@ class Listed(NamedTuple):
     n_bytes: int
     tag: str | None
     """What changes with its content, where the provider tells."""
+    version: str | None
+    """What else changes with each write of it, where the provider tells."""
     seconds: float
-    """When it was written, by the provider's clock, in seconds since 1970."""
+    """When it was written, by the provider's clock, in seconds since 1970; in a list it may be told by the
+    millisecond, and otherwise by the second."""
 
     @classmethod
     def of(cls, found: Any) -> "Listed":
         """Take what obstore tells of it."""
-        return cls(found["size"], found["e_tag"], found["last_modified"].timestamp())
+        return cls(found["size"], found["e_tag"], found["version"], found["last_modified"].timestamp())
+
+    @property
+    def as_mode(self) -> dict[str, str]:
+        """What tells a conditional write that this is to be replaced and no other."""
+        marks = {"e_tag": self.tag, "version": self.version}
+        return {name: mark for name, mark in marks.items() if mark is not None}
 
 
 class ObjectStore:
@@ -176,6 +185,40 @@ class ObjectStore:
             if not self._holds(key, tag, content):
                 raise OSError(ARRIVED_OTHERWISE)
             return tag
+
+        return self._patiently(attempt, key, "written")
+
+    def replace(self, key: str, content: bytes, before: Listed) -> Listed | None:
+        """Write an object in place of one, unless that has changed or is gone: only one of those who try at
+        once can.
+
+        Args:
+            key: its name.
+            content: unlike any other that was ever written there.
+            before: what it was.
+
+        Returns: what it is now; None if another process has changed or removed it.
+
+        Raises:
+            ConfigError, DiskError: as of `read`.
+        """
+        from obstore import exceptions
+
+        mode: Any = before.as_mode
+        changed = (FileNotFoundError, exceptions.NotFoundError, exceptions.PreconditionError)
+
+        def attempt() -> Listed | None:
+            nonlocal mode
+            put: dict[str, str] = {}
+            with suppress(*changed):  # or an attempt succeeded of which the answer was lost
+                put = self._put(key, content, mode)
+            found = self.look(key)
+            if found is None or self._holds(key, found.tag, content):
+                return found
+            if put and put.get("e_tag") == found.tag:
+                mode = put
+                raise OSError(ARRIVED_OTHERWISE)
+            return None
 
         return self._patiently(attempt, key, "written")
 

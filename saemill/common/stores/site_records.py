@@ -231,6 +231,9 @@ class Commit(Record):
     records of before saemill kept them."""
     lengths: Lengths | None = None
     """Counts of training positions by those bits. None where `norms` is."""
+    batch_rows: Positive | None = None
+    """Rows per forward pass that computed it, at most all of it: its last bits may depend on them. None where
+    no model did so here, or in other shards, and in records of before saemill kept it."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -239,11 +242,12 @@ class Commit(Record):
         if not sum(self.distances.values()) <= self.n_counted <= self.n_tokens:
             raise ValueError("more positions are counted than there are")
         _check_norms(self.norms, self.lengths, self.n_tokens, self.n_counted)
+        _check_batch(self.batch_rows, self.n_tokens)
         return self
 
     def entry(self) -> "Shard":
         """Make the entry of the shard in the site's manifest."""
-        return Shard(n_tokens=self.n_tokens, bytes=self.bytes, xxh3=self.xxh3, block_hashes=self.block_hashes)
+        return Shard(**{name: getattr(self, name) for name in Shard.model_fields})
 
 
 def _check_calibration(calibration: Calibration | None, width: int) -> None:
@@ -263,6 +267,11 @@ def _check_norms(norms: str | None, lengths: Lengths | None, n_tokens: int, n_co
         raise ValueError("other rows are counted by norm than otherwise")
 
 
+def _check_batch(batch_rows: int | None, n_tokens: int) -> None:
+    if batch_rows is not None and batch_rows > n_tokens:
+        raise ValueError(f"{batch_rows:,} rows were computed at once, and there are {n_tokens:,} tokens")
+
+
 def _check_blocks(block_hashes: str, n_tokens: int) -> None:
     n_hashes, expected = len(decode_array(block_hashes, "u8")), math.ceil(n_tokens / BLOCK_TOKENS)
     if n_hashes != expected:
@@ -276,10 +285,13 @@ class Shard(Record):
     bytes: Positive
     xxh3: Hash
     block_hashes: str
+    batch_rows: Positive | None = None
+    """As in the shard's record."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         _check_blocks(self.block_hashes, self.n_tokens)
+        _check_batch(self.batch_rows, self.n_tokens)
         return self
 
 

@@ -130,14 +130,8 @@ class Groups:
         self._n_there = max(self._n_there, self.shards_of(group).start)
 
     def at_once(self, batch_tokens: int) -> int:
-        """Count the shards that must be there together at most: those of a group, of the next one, and of as
-        many as a batch reaches into."""
-        most, last = 0, len(self.store.groups) - 1
-        for group in range(last + 1):
-            end = min(int(self.starts[group + 1]) - 1 + batch_tokens, self.n_tokens)
-            reached = max(self.group_of(end - 1), min(group + 1, last))
-            most = max(most, self.shards_of(reached).stop - self.shards_of(group).start)
-        return most
+        """Count the shards that must be there together at most; see `shards_at_once`."""
+        return shards_at_once(self.store.groups, self.starts, batch_tokens)
 
     @property
     def n_there(self) -> int:
@@ -213,3 +207,20 @@ def open_following(
     rows = FollowedRows(store, parts, mask, norm_over_median, units)
     order = Groups(store, rows, buffer_tokens, seed)
     return Loader(store, every_site, rows, order, batch_tokens)
+
+
+def shards_at_once(groups: list[range], starts: NDArray[np.int64], batch_tokens: int) -> int:
+    """Count the shards that must be there together at most: those of a group, of the next one, and of as many
+    as a batch reaches into.
+
+    Args:
+        groups: shards of each group.
+        starts: positions of the stream at which groups start, and at last the end. [len(groups) + 1]
+        batch_tokens: positions of a batch.
+    """
+    most, last = 0, len(groups) - 1
+    for group in range(last + 1):
+        end = min(int(starts[group + 1]) - 1 + batch_tokens, int(starts[-1]))
+        reached = max(places_in(starts, end - 1), min(group + 1, last))
+        most = max(most, groups[reached].stop - groups[group].start)
+    return most

@@ -56,12 +56,12 @@ def plan_of(config: TrainConfig, store: ActivationStore, mask: MaskConfig, n_ste
     Raises:
         ConfigError: what is asked for cannot be measured.
     """
-    every = _by_default(config, n_steps) if config.eval_every is None else config.eval_every
+    every, n_tokens = _every(config, n_steps), tokens_of(config, n_steps)
     has_tokens = bool(every) and _has_held_out(store, mask)
-    if every and every <= n_steps and has_tokens:
+    if n_tokens and has_tokens:
         if config.eval_losses_every is not None and not isinstance(store.text, TokenStore):
             raise ConfigError("eval_losses_every: embeddings have no language model; leave it out")
-        n_tokens, losses_tokens = config.eval_tokens or TOKENS, config.eval_losses_tokens or LOSSES_TOKENS
+        losses_tokens = config.eval_losses_tokens or LOSSES_TOKENS
         return Plan(every, n_tokens, config.eval_losses_every, losses_tokens)
     for name in ("eval_every", "eval_losses_every", "eval_tokens"):
         if getattr(config, name) and not has_tokens:
@@ -75,6 +75,17 @@ def plan_of(config: TrainConfig, store: ActivationStore, mask: MaskConfig, n_ste
                 f"{n_steps:,}; lower --eval-every"
             )
     return None
+
+
+def tokens_of(config: TrainConfig, n_steps: int) -> int:
+    """Choose on how many held-out tokens SAEs are measured, at most; 0 where that is not asked for, or the
+    run ends before the first time."""
+    return (config.eval_tokens or TOKENS) if 0 < _every(config, n_steps) <= n_steps else 0
+
+
+def _every(config: TrainConfig, n_steps: int) -> int:
+    """Choose the steps between measurements; 0 for none."""
+    return _by_default(config, n_steps) if config.eval_every is None else config.eval_every
 
 
 def _has_held_out(store: ActivationStore, mask: MaskConfig) -> bool:
