@@ -1,6 +1,5 @@
 """How well each SAE reconstructs held-out activations, or predicts them, and how its latents fire."""
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from copy import copy
@@ -16,6 +15,7 @@ from saemill.assess.dense import Drivers, drivers_of
 from saemill.assess.errors import errors
 from saemill.assess.evalset import Chunk, EvalSet
 from saemill.assess.profile import Profile
+from saemill.assess.scratch import Scratch
 from saemill.assess.spread import Spread
 from saemill.assess.sums import Bootstrap, DocumentSums, Figure, Ratio, absent
 from saemill.common.log import counted
@@ -97,7 +97,7 @@ class Reconstruction:
         )
         self.n_tokens: int = known.n_tokens if known else 0
         self.profile = Profile(sites, evalset)
-        self._scratch: Tensor | None = None
+        self._scratch = Scratch()
 
     def _statistics(self, site: str) -> Statistics:
         """Return a site's statistics, of joined ones in the units of each."""
@@ -223,7 +223,7 @@ class Reconstruction:
         pieces = (torch.split(rows, ROWS_AT_ONCE) for rows in every)
         for some_read_TD, some_TD, some_far_T, some_drivers_TC in zip(*pieces, strict=True):
             read = some_read_TD.to(device, torch.float32)
-            pre_TF = sae.pre_acts(read, out=self._scratch_for(read, sae))
+            pre_TF = self._scratch.pre_acts(sae, read)
             codes = sae.select(pre_TF)
             x, r = some_TD.to(device, torch.float32), sae.decode(*codes, read).float()
             bad = ~torch.isfinite(r).all(1)
@@ -247,15 +247,6 @@ class Reconstruction:
                 columns[f"{cut_name}/sse"].append(errors(x, cut_r).error_T)
                 columns[f"{cut_name}/l0"].append(cut_codes.active.sum(1))
         return {f"{name}/{what}": torch.cat(values).cpu().numpy() for what, values in columns.items()}
-
-    def _scratch_for(self, rows_TD: Tensor, sae: Sae) -> Tensor:
-        """Return memory for the pre-activations of some rows, the same for all SAEs: fresh pages cost as much
-        as filling them. [T, F]"""
-        shape, dtype = (len(rows_TD), sae.config.num_latents), sae.W_enc.dtype
-        n_bytes = math.prod(shape) * dtype.itemsize
-        if self._scratch is None or len(self._scratch) < n_bytes:
-            self._scratch = torch.empty(n_bytes, dtype=torch.uint8, device=rows_TD.device)
-        return self._scratch[:n_bytes].view(dtype).view(shape)
 
     def _at_parts(self, name: str, x_TD: Tensor, r_TD: Tensor) -> dict[str, Tensor]:
         """Compute the squared errors at each of several sites. float64 [T] each."""

@@ -226,7 +226,7 @@ class Sae(nn.Module):
 
         Args:
             x: a tensor; anything else (a numpy array, lists of numbers) is copied to the weights' device.
-            out: memory for the result, where no gradient is wanted.
+            out: memory for the result, [T, F], where x is [T, D] and no gradient is wanted.
 
         Raises:
             DataError: x is no array of numbers, or its last axis is not D long.
@@ -246,7 +246,9 @@ class Sae(nn.Module):
             return rows if out is None else out.copy_(rows)
         x = x if self.config.norm is None else normed(x, self.config.norm).x
         x = x if self.is_transcoder else x - self.b_dec
-        return nn.functional.linear(x, self.W_enc, self.b_enc, out=out)
+        if out is None:
+            return nn.functional.linear(x, self.W_enc, self.b_enc)
+        return torch.addmm(self.b_enc, x, self.W_enc.T, out=out)
 
     def _tensor(self, x: ArrayLike) -> Tensor:
         try:
