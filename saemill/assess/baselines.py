@@ -19,6 +19,7 @@ from torch import Tensor
 
 from saemill.assess.evalset import EvalSet
 from saemill.assess.reconstruction import ROWS_AT_ONCE
+from saemill.assess.scratch import Scratch
 from saemill.common.sae.parts import SaeConfig
 from saemill.common.sae.sae import Sae
 
@@ -119,6 +120,7 @@ def _fit(
         drawn_FD = torch.randn(width, d, generator=torch.Generator().manual_seed(SEED)).to(device)
         random[k] = _sae(torch.nn.functional.normalize(drawn_FD, dim=1), mean_D, k, site, stretch)
     covariance_DD = torch.zeros(d, d, dtype=torch.float64, device=device)
+    scratch = Scratch()
     moments = {k: torch.zeros(2, dtype=torch.float64, device=device) for k in random}
     with torch.inference_mode():
         for chunk in evalset.training_chunks(FIT_TOKENS):
@@ -127,7 +129,8 @@ def _fit(
                 centred_TD = (x_TD - mean_D) / scale
                 covariance_DD += (centred_TD.T @ centred_TD).double()
                 for k, sae in random.items():
-                    y_TD = (sae(x_TD).reconstruction - mean_D) / scale
+                    codes = sae.select(scratch.pre_acts(sae, x_TD))
+                    y_TD = (sae.decode(*codes) - mean_D) / scale
                     sums = torch.stack([(centred_TD * y_TD).sum(), y_TD.square().sum()])
                     moments[k] += sums.double()
     for k, sae in random.items():

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from saemill.common.sae.sae import Encoded, Sae
+from saemill.common.sae.sae import Sae
 
 DENSE = 0.1
 """Share of the tokens; a latent that fires on more is dense."""
@@ -48,18 +48,8 @@ class Drivers:
         self.products_FC = torch.zeros(self.n_latents, len(DRIVERS), dtype=torch.float64)
         self.of_drivers_C = torch.zeros(2, len(DRIVERS), dtype=torch.float64)
 
-    def add(self, codes: Encoded, drivers_TC: Tensor) -> None:
-        """Count some tokens.
-
-        Args:
-            codes: their active latents.
-            drivers_TC: float64, on the CPU.
-        """
-        active = codes.active
-        token_N = active.nonzero()[:, 0].cpu()
-        latent_N, act_N = codes.top_indices[active].cpu(), codes.top_acts[active].cpu().double()
-        self.squares_F.index_add_(0, latent_N, act_N.square())
-        self.products_FC.index_add_(0, latent_N, act_N[:, None] * drivers_TC[token_N])
+    def add(self, drivers_TC: Tensor) -> None:
+        """Count the drivers of some tokens, whose activations were added to the other sums."""
         self.of_drivers_C += torch.stack([drivers_TC.sum(0), drivers_TC.square().sum(0)])
 
     @property

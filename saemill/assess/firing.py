@@ -22,6 +22,7 @@ from saemill.assess.by_source import sources_of
 from saemill.assess.evalset import Chunk, EvalSet
 from saemill.assess.positions import Positions
 from saemill.assess.reconstruction import ROWS_AT_ONCE
+from saemill.assess.scratch import Scratch
 from saemill.common.sae.sae import Sae
 from saemill.common.stores.permutation import hashed
 
@@ -119,6 +120,7 @@ class Firing:
 
     def __init__(self, sae: Sae, latents: Sequence[int], evalset: EvalSet) -> None:
         self.sae, self.evalset, n_latents = sae, evalset, sae.config.num_latents
+        self._scratch = Scratch()
         self._place_F = np.full(n_latents, -1)
         self._place_F[list(latents)] = np.arange(len(latents))
         self._found: list[tuple[NDArray[np.int64], Sparse, Sparse]] = []
@@ -163,7 +165,8 @@ class Firing:
             torch.split(chunk.x[str(self.sae.site)], ROWS_AT_ONCE),
             strict=True,
         ):
-            codes = self.sae.encode(x_TD.to(self.sae.W_enc.device, torch.float32))
+            pre_TF = self._scratch.pre_acts(self.sae, x_TD.to(self.sae.W_enc.device, torch.float32))
+            codes = self.sae.select(pre_TF)
             active = codes.active & torch.isfinite(codes.top_acts)
             token = active.nonzero()[:, 0].cpu().numpy() + start
             found.append(

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saemill.assess.dense import Drivers, drivers_of
+from saemill.assess.errors import errors
 from saemill.assess.evalset import Chunk, EvalSet
 from saemill.assess.profile import Profile
+from saemill.assess.scratch import Scratch
 from saemill.assess.spread import Spread
 from saemill.assess.sums import Bootstrap, DocumentSums, Figure, Ratio, absent
 from saemill.common.log import counted
@@ -51,14 +53,18 @@ class Firing:
         return cls(count_F, count_F.double(), count_F.float(), count_F.float(), Drivers(n_latents))
 
     def add(self, codes: Encoded, drivers_TC: Tensor) -> None:
-        """Count some tokens."""
-        self.drivers.add(codes, drivers_TC)
-        active = codes.active
-        latents, acts = codes.top_indices[active].cpu(), codes.top_acts[active].cpu()
-        self.count_F += torch.bincount(latents, minlength=len(self.count_F))
-        self.sum_F.index_add_(0, latents, acts.double())
-        self.min_F.scatter_reduce_(0, latents, acts, "amin")
-        self.max_F.scatter_reduce_(0, latents, acts, "amax")
+        """Count some tokens.
+
+        Args:
+            codes: their active latents.
+            drivers_TC: float64, on the CPU.
+        """
+        from saemill.assess.loops.counts import count  # numba is loaded where it is used
+
+        acts_TK, latents_TK = codes.top_acts.cpu().float().contiguous(), codes.top_indices.cpu().contiguous()
+        sums = (self.count_F, self.sum_F, self.drivers.squares_F, self.drivers.products_FC)
+        count(acts_TK, latents_TK, drivers_TC.contiguous(), *sums, self.min_F, self.max_F)
+        self.drivers.add(drivers_TC)
 
 
 class Reconstruction:
@@ -91,6 +97,7 @@ class Reconstruction:
         )
         self.n_tokens: int = known.n_tokens if known else 0
         self.profile = Profile(sites, evalset)
+        self._scratch = Scratch()
 
     def _statistics(self, site: str) -> Statistics:
         """Return a site's statistics, of joined ones in the units of each."""
@@ -123,10 +130,7 @@ class Reconstruction:
             for chunk in chunks:
                 units = self.evalset.units(chunk.addresses_T)
                 columns, far = self._activations(chunk, units)
-                squares = {
-                    site: self.spread[site].squared_distances(self._scaled(site, chunk.x[site]))
-                    for site in self.profile.lengths
-                }
+                squares = {site: self._squares(site, chunk.x[site]) for site in self.profile.lengths}
                 position_T = chunk.addresses_T % self.evalset.text.ctx_len
                 drivers = {site: drivers_of(position_T, squares_T) for site, squares_T in squares.items()}
                 for name, sae in self.saes.items():
@@ -154,7 +158,8 @@ class Reconstruction:
     ) -> tuple[dict[str, Any], dict[str, NDArray[np.bool_]]]:
         """Compute values per token of the activations themselves, and which of each site's are far."""
         if self.known:
-            return {}, {site: self.spread[site].far(self._scaled(site, x)) for site, x in chunk.x.items()}
+            squares = {site: self._squares(site, x_TD) for site, x_TD in chunk.x.items()}
+            return {}, {site: self.spread[site].far(squares_T) for site, squares_T in squares.items()}
         self.n_tokens += len(units)
         columns: dict[str, Any] = {"n": np.ones(len(units))}
         for site, x_TD in chunk.x.items():
@@ -162,6 +167,11 @@ class Reconstruction:
         return columns, {
             site: self.spread[site].add(self._scaled(site, x_TD), units) for site, x_TD in chunk.x.items()
         }
+
+    def _squares(self, site: str, x_TD: Tensor) -> NDArray[np.float64]:
+        """Compute the squared distances of a site's rows from the cached mean, of joined sites in the units
+        of each. [T]"""
+        return self.spread[site].squared_distances(self._scaled(site, x_TD))
 
     def _scaled(self, site: str, x_TD: Tensor) -> Tensor:
         """Bring the rows of joined sites to the units of each, float64; those of one site are left alone."""
@@ -213,21 +223,19 @@ class Reconstruction:
         pieces = (torch.split(rows, ROWS_AT_ONCE) for rows in every)
         for some_read_TD, some_TD, some_far_T, some_drivers_TC in zip(*pieces, strict=True):
             read = some_read_TD.to(device, torch.float32)
-            pre_TF = sae.pre_acts(read)
+            pre_TF = self._scratch.pre_acts(sae, read)
             codes = sae.select(pre_TF)
-            x, r = some_TD.to(device, torch.float64), sae.decode(*codes, read).double()
+            x, r = some_TD.to(device, torch.float32), sae.decode(*codes, read).float()
             bad = ~torch.isfinite(r).all(1)
-            r = torch.where(bad[:, None], 0.0, r)
-            columns |= {
-                what: [*columns[what], values] for what, values in self._at_parts(name, r - x).items()
-            }
-            x, r = (self._scaled(self.sites[name], y) for y in (x, r))
-            sse = (r - x).square().sum(1)
-            x_norm, r_norm = (torch.linalg.vector_norm(y, dim=1) for y in (x, r))
+            r[bad] = 0
+            for what, values in self._at_parts(name, x, r).items():
+                columns[what].append(values)
+            x = self._scaled(self.sites[name], x)
+            sse, xx, rr, xr = errors(x, self._scaled(self.sites[name], r))
             columns["sse"].append(sse)
             columns["sse_far"].append(torch.where(some_far_T.to(device), sse, 0.0))
-            columns["cosine"].append(_quotient((x * r).sum(1), x_norm * r_norm))
-            columns["norm_ratio"].append(_quotient(r_norm, x_norm))
+            columns["cosine"].append(_quotient(xr, xx.sqrt() * rr.sqrt()))
+            columns["norm_ratio"].append(_quotient(rr.sqrt(), xx.sqrt()))
             columns["not_finite"].append(bad)
             columns["l0"].append(codes.active.sum(1))
             self.firing[name].add(codes, some_drivers_TC)
@@ -235,17 +243,19 @@ class Reconstruction:
                 columns["sse_skip"].append(self._left_by_skip(sae, some_read_TD, some_TD))
             for cut_name, cut in self.cuts[name].items():
                 cut_codes = cut.select(pre_TF[:, : cut.config.num_latents])
-                cut_r = self._scaled(self.sites[name], cut.decode(*cut_codes, read).double())
-                columns[f"{cut_name}/sse"].append((cut_r - x).square().sum(1))
+                cut_r = self._scaled(self.sites[name], cut.decode(*cut_codes, read).float())
+                columns[f"{cut_name}/sse"].append(errors(x, cut_r).error_T)
                 columns[f"{cut_name}/l0"].append(cut_codes.active.sum(1))
         return {f"{name}/{what}": torch.cat(values).cpu().numpy() for what, values in columns.items()}
 
-    def _at_parts(self, name: str, error_TD: Tensor) -> dict[str, Tensor]:
+    def _at_parts(self, name: str, x_TD: Tensor, r_TD: Tensor) -> dict[str, Tensor]:
         """Compute the squared errors at each of several sites. float64 [T] each."""
         parts = self.parts[name]
+        if not parts:
+            return {}
         widths = [self.evalset.store.site(part).width for part in parts]
-        errors = torch.split(error_TD, widths, 1) if parts else ()
-        return {f"at {part}/sse": e.square().sum(1) for part, e in zip(parts, errors, strict=True)}
+        pairs = zip(torch.split(x_TD, widths, 1), torch.split(r_TD, widths, 1), strict=True)
+        return {f"at {part}/sse": errors(x, r).error_T for part, (x, r) in zip(parts, pairs, strict=True)}
 
     def _left_by_skip(self, sae: Sae, read_TD: Tensor, y_TD: Tensor) -> Tensor:
         """Compute the squared error of W_skip alone, around the cached means. float64 [T]."""

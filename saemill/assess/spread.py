@@ -56,53 +56,55 @@ class Spread:
         """Count some rows.
 
         Args:
-            x_TD: the rows, on the CPU, finite.
+            x_TD: the rows, on the CPU, finite; float64 or what float32 holds.
             units: the document of each.
 
         Returns: which of them are far. bool [T].
         """
-        x_TD = x_TD.double()
-        centred_TD, distance_T, far_T = self._far(x_TD)
-        self.largest = max(self.largest, float(distance_T.max()))
+        x_TD = _wide(x_TD)
+        squares_T = self.squared_distances(x_TD)
+        far_T = self.far(squares_T)
+        self.largest = max(self.largest, float(np.sqrt(squares_T.max())))
         self.n_zero += int((x_TD == 0).all(1).sum())
-        for far in (False, True):
-            some = far_T == far
-            if bool(some.any()):
-                self._stretch(far, x_TD[some].amin(0), x_TD[some].amax(0))
-                self._count(far, centred_TD[some], units[some.numpy()])
-        return far_T.numpy()
+        for far in np.unique(far_T).tolist():
+            self._count(far, x_TD, units, far_T == far)
+        return far_T
 
     def squared_distances(self, x_TD: Tensor) -> NDArray[np.float64]:
         """Compute the squared distance of each row from the cached mean. [T]"""
-        return (x_TD.double() - self.centre_D).square().sum(1).numpy()
+        from saemill.assess.loops import rows  # numba is loaded where it is used
 
-    def far(self, x_TD: Tensor) -> NDArray[np.bool_]:
-        """Tell which rows are far, as `add` returns it, without counting them."""
-        return self._far(x_TD.double())[2].numpy()
+        squares_T = torch.empty(len(x_TD), dtype=torch.float64)
+        rows.squared_distances(_wide(x_TD), self.centre_D, squares_T)
+        return squares_T.numpy()
 
-    def _far(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rows from the cached mean [T, D], their distances from it [T], and whether they are far
-        [T]."""
-        centred_TD = x_TD - self.centre_D
-        distance_T = torch.linalg.vector_norm(centred_TD, dim=1)
-        return centred_TD, distance_T, distance_T > (FAR * self.median if self.median else torch.inf)
+    def far(self, squares_T: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Tell which rows are far, by their squared distances from the cached mean, without counting them."""
+        far_T: NDArray[np.bool_] = np.sqrt(squares_T) > (FAR * self.median if self.median else np.inf)
+        return far_T
 
     def _stretch(self, far: bool, low_D: Tensor, high_D: Tensor) -> None:
         low, high = self._ends.get(far, (low_D, high_D))
         self._ends[far] = torch.minimum(low, low_D), torch.maximum(high, high_D)
 
-    def _count(self, far: bool, centred_TD: Tensor, units: NDArray[Any]) -> None:
-        documents, group, n = np.unique(units, return_inverse=True, return_counts=True)
-        group_T = torch.from_numpy(group)
-        mean = torch.zeros(len(documents), centred_TD.shape[1], dtype=torch.float64)
-        mean.index_add_(0, group_T, centred_TD)
-        mean /= torch.from_numpy(n)[:, None]
-        squares = np.bincount(group, (centred_TD - mean[group_T]).square().sum(1).numpy(), len(documents))
+    def _count(self, far: bool, x_TD: Tensor, units: NDArray[Any], some_T: NDArray[np.bool_]) -> None:
+        """Count near or far rows, which are some of these."""
+        from saemill.assess.loops import rows  # numba is loaded where it is used
+
+        documents, group, n = np.unique(units[some_T], return_inverse=True, return_counts=True)
+        group_T = torch.full((len(x_TD),), -1)
+        group_T[torch.from_numpy(some_T)] = torch.from_numpy(group)
+        low_D, high_D = (torch.full_like(self.centre_D, end) for end in (torch.inf, -torch.inf))
+        rows.stretch(x_TD, group_T, low_D, high_D)
+        self._stretch(far, low_D, high_D)
+        mean_GD = torch.zeros(len(documents), x_TD.shape[1], dtype=torch.float64)
+        squares_G = torch.zeros(len(documents), dtype=torch.float64)
+        rows.around_means(x_TD, self.centre_D, group_T, torch.from_numpy(n), mean_GD, squares_G)
         for i, document in enumerate(documents.tolist()):
-            rows = _DocumentRows(int(n[i]), mean[i].numpy().copy(), float(squares[i]))
-            known = self._rows.setdefault((document, far), rows)
-            if known is not rows:
-                known.merge(rows)
+            its_rows = _DocumentRows(int(n[i]), mean_GD[i].numpy().copy(), float(squares_G[i]))
+            known = self._rows.setdefault((document, far), its_rows)
+            if known is not its_rows:
+                known.merge(its_rows)
 
     def merge(self, everyone: Group) -> None:
         """Let every process know the extremes and the zero vectors of all; the rows stay where they are."""
@@ -147,3 +149,8 @@ class Spread:
         """List this process's documents with far rows, and how many each has."""
         n_by_document = {document: rows.n for (document, far), rows in self._rows.items() if far}
         return np.array(list(n_by_document), np.uint64), np.array(list(n_by_document.values()), np.float64)
+
+
+def _wide(x_TD: Tensor) -> Tensor:
+    """Return rows in a dtype that loops read, without gaps."""
+    return (x_TD if x_TD.dtype == torch.float64 else x_TD.float()).contiguous()

@@ -11,5 +11,5 @@ addresses.py    object stores in a path's place            weights.py      how a
 outlook.py      what a stage will do, and what it needs
 stores/         what is on disk                            models/         transformers, looked into
 sae/            an SAE and its files                       steer/          an SAE in a running model
-tracking/       wandb
+tracking/       wandb                                      loops/          compiled by numba, for CPUs
 """

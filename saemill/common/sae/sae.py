@@ -220,11 +220,13 @@ class Sae(nn.Module):
             found.append(Sae(config, b_dec=b_dec, threshold=threshold, **weights))
         return found
 
-    def pre_acts(self, x: Tensor | ArrayLike) -> Tensor:
+    def pre_acts(self, x: Tensor | ArrayLike, out: Tensor | None = None) -> Tensor:
         """Compute W_enc (x − b_dec) + b_enc, of a transcoder W_enc x + b_enc. x: [..., D] → [..., F], in the
         weights' dtype.
 
-        Anything but a tensor (a numpy array, lists of numbers) is copied to the weights' device.
+        Args:
+            x: a tensor; anything else (a numpy array, lists of numbers) is copied to the weights' device.
+            out: memory for the result, [T, F], where x is [T, D] and no gradient is wanted.
 
         Raises:
             DataError: x is no array of numbers, or its last axis is not D long.
@@ -240,9 +242,13 @@ class Sae(nn.Module):
             rows = layers.pre_activations(
                 x.reshape(-1, x.shape[-1]), self.W_enc, self.b_enc, self.config.n_layers
             )
-            return rows.view(*x.shape[:-1], -1)
+            rows = rows.view(*x.shape[:-1], -1)
+            return rows if out is None else out.copy_(rows)
         x = x if self.config.norm is None else normed(x, self.config.norm).x
-        return nn.functional.linear(x if self.is_transcoder else x - self.b_dec, self.W_enc, self.b_enc)
+        x = x if self.is_transcoder else x - self.b_dec
+        if out is None:
+            return nn.functional.linear(x, self.W_enc, self.b_enc)
+        return torch.addmm(self.b_enc, x, self.W_enc.T, out=out)
 
     def _tensor(self, x: ArrayLike) -> Tensor:
         try:

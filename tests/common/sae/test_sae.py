@@ -53,3 +53,16 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         Sae.load(tmp_path)
     with pytest.raises(ConfigError, match="k must be"):
         SaeConfig(d_in=4, num_latents=8, k=9, provenance={})
+
+
+def test_pre_activations_are_written_to_given_memory() -> None:
+    """Oracle: those without it, of SAEs and transcoders."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 6, generator=generator)
+    for d_out in (None, 4):
+        config = SaeConfig(d_in=6, num_latents=9, k=2, provenance={}, d_out=d_out)
+        shapes = ((9, 6), (9,), (9, d_out or 6), (d_out or 6,))
+        sae = Sae(config, *(torch.randn(shape, generator=generator) for shape in shapes))
+        memory = torch.empty(5, 9)
+        assert sae.pre_acts(x, out=memory) is memory
+        torch.testing.assert_close(memory, sae.pre_acts(x))

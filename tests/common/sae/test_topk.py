@@ -1,5 +1,6 @@
 """The exact top-k against torch's own."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -45,3 +46,18 @@ def test_topk_passes_gradients_to_the_chosen_entries() -> None:
     theirs, places = pre.topk(5)
     (expected,) = torch.autograd.grad((theirs.relu() * weights.gather(1, places)).sum(), pre)
     assert torch.equal(mine, expected)
+
+
+@pytest.mark.parametrize("f", [5, 40, 3000])
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf])
+def test_topk_shows_what_is_not_finite(f: int, odd: float) -> None:
+    """Oracle: the entry itself, larger than the others, which are as in torch.topk."""
+    pre = torch.randn(3, f, generator=torch.Generator().manual_seed(f))
+    pre[1, f // 2] = odd
+    values, indices = topk(pre, 4)
+    place = (indices[1] == f // 2).nonzero()
+    assert len(place) == 1
+    assert not values[1, place].isfinite()
+    others = values[1][indices[1] != f // 2].sort().values
+    pre[1, f // 2] = -1
+    assert torch.equal(others, pre[1].topk(3).values.relu().sort().values)

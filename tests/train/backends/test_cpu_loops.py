@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from saemill.common import loops
+from saemill.common.loops.numbers import largest, magnitude
 from saemill.train.backends.architecture import Slopes
 from saemill.train.backends.base import Batch
 from saemill.train.backends.codes import Codes
-from saemill.train.backends.cpu import loops
 from saemill.train.backends.cpu.loops.above import above, above_by_scores
 from saemill.train.backends.cpu.loops.auxk import keep_active, keep_largest
-from saemill.train.backends.cpu.loops.numbers import largest, magnitude
 from saemill.train.backends.cpu.loops.quantise import Quantised, quantise
 from saemill.train.backends.cpu.loops.residual import residual, residual_of_groups
 from saemill.train.backends.cpu.loops.rows import gradients, sort_pairs
@@ -335,14 +335,17 @@ def test_a_nan_stays_one(bits: int) -> None:
 def test_a_change_in_any_loop_gives_another_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Oracle: numba's own rule would miss a change in what a loop calls; where nothing can be written, the
     folder is a new one."""
-    copied = tmp_path / "loops"
+    copied = tmp_path / "saemill" / "common" / "loops"
     shutil.copytree(Path(loops.__file__).parent, copied)
+    (other := tmp_path / "saemill" / "train" / "loops").mkdir(parents=True)
     monkeypatch.setattr(loops, "__file__", str(copied / "__init__.py"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     before = loops._cache()
     assert loops._cache() == before
     (copied / "kth.py").write_text("# changed")
-    assert loops._cache() != before
+    assert (changed := loops._cache()) != before
+    (other / "rows.py").write_text("# another room's")
+    assert loops._cache() != changed
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert Path(loops._cache()).name.startswith("saemill-loops-")

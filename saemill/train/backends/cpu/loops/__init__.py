@@ -12,34 +12,6 @@ What is done here, and why:
 - `auxk`: which activations and gradients of dead latents stay.
 
 Every token and every latent is computed alone, so results do not depend on the number of threads. Rows
-are float32 or bfloat16, which numba sees as 16-bit integers. The modules need numba; import them where
-they are used, and only there.
+are float32 or bfloat16, which numba sees as 16-bit integers. What they share with other rooms is in
+`common/loops`. The modules need numba; import them where they are used, and only there.
 """
-
-import hashlib
-import os
-import tempfile
-from pathlib import Path
-
-import numba
-from platformdirs import user_cache_path
-
-
-def _cache() -> str:
-    """Make the folder of compiled loops: one for each version of all these files.
-
-    numba itself looks for changes in the file of each function alone, not in those of what it calls.
-    """
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    version = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
-    folder = user_cache_path("saemill") / f"loops-{version}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError:  # nothing can be kept
-        return tempfile.mkdtemp(prefix="saemill-loops-")
-    return str(folder)
-
-
-if not os.environ.get("NUMBA_CACHE_DIR"):
-    numba.config.CACHE_DIR = _cache()

@@ -8,9 +8,10 @@ import numpy as np
 from numba import njit
 from torch import Tensor
 
-from saemill.train.backends.cpu.loops.numbers import COMPILED, array, wide
+from saemill.common.loops.largest import LANES
+from saemill.common.loops.numbers import COMPILED, array, wide
 from saemill.train.backends.cpu.loops.quantise import Quantised
-from saemill.train.backends.cpu.loops.select import LANES, _error, _score
+from saemill.train.backends.cpu.loops.select import _error, _score
 
 GROUP = 8
 """Latents per group: with more, most groups would hold some above the floor."""

@@ -5,9 +5,9 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from saemill.common.loops.kth import ALL_BITS, BFLOAT16_BITS, count, kth
+from saemill.common.loops.numbers import COMPILED, array, put, wide
 from saemill.train.backends.base import chunks
-from saemill.train.backends.cpu.loops.kth import ALL_BITS, BFLOAT16_BITS, count, kth
-from saemill.train.backends.cpu.loops.numbers import COMPILED, array, put, wide
 from saemill.train.backends.cpu.threads import each
 
 PIECE_BYTES = 1 << 20

@@ -4,8 +4,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from saemill.common.loops.numbers import COMPILED, array, dot
 from saemill.train.backends.base import chunks
-from saemill.train.backends.cpu.loops.numbers import COMPILED, array, dot
 from saemill.train.backends.cpu.threads import each
 
 PIECE_BYTES = 1 << 20

@@ -20,7 +20,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from saemill.train.backends.cpu.loops.numbers import COMPILED, array, dot, magnitude, wide
+from saemill.common.loops.numbers import COMPILED, array, dot, magnitude, wide
 from saemill.train.memory import zeros
 
 LEAST_COLUMNS = 256

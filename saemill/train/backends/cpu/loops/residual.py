@@ -4,7 +4,7 @@ import numpy as np
 from numba import njit
 from torch import Tensor
 
-from saemill.train.backends.cpu.loops.numbers import COMPILED, array, dot, put, wide
+from saemill.common.loops.numbers import COMPILED, array, dot, put, wide
 
 
 def residual(

@@ -7,10 +7,10 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from saemill.common.loops.numbers import COMPILED, array, wide
 from saemill.train.backends.architecture import Slopes
 from saemill.train.backends.base import Batch
 from saemill.train.backends.codes import Codes
-from saemill.train.backends.cpu.loops.numbers import COMPILED, array, wide
 from saemill.train.backends.parameters import Parameters
 from saemill.train.backends.sparse import Forward
 

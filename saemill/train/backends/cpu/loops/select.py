@@ -14,17 +14,13 @@ import numpy as np
 from numba import njit
 from torch import Tensor
 
-from saemill.train.backends.cpu.loops.kth import ALL_BITS, count, kth, nearly_kth
-from saemill.train.backends.cpu.loops.numbers import COMPILED, array, dot, rank, wide
+from saemill.common.loops.kth import nearly_kth
+from saemill.common.loops.largest import LANES, group_size, keep
+from saemill.common.loops.numbers import COMPILED, array, dot, rank, wide
 from saemill.train.backends.cpu.loops.quantise import Quantised
 
 N_SIGMA = 8.0
 """The chance of a larger error is about 1e-15 for a pair of token and latent."""
-MOST_PER_GROUP = 16
-GROUPS_PER_CODE = 8
-"""Fewest groups for each of the k codes: of fewer, most would be searched."""
-LANES = 128
-"""Groups that are worked on together."""
 
 
 def select(
@@ -59,7 +55,7 @@ def select(
 @njit(**COMPILED)
 def _select(scores, steps_x, norms_x, steps_w, norms_w, rows, weights, bias, val, idx, signed):
     n_latents, k = scores.shape[1], val.shape[1]
-    group = _group_size(n_latents, k)
+    group = group_size(n_latents, k)
     maxima = np.empty(-(-n_latents // (group * LANES)) * LANES, np.float32)
     candidates = np.empty(n_latents + len(maxima), np.int64)  # at its end the groups searched
     score = np.empty(n_latents, np.float32)
@@ -82,7 +78,7 @@ def _select(scores, steps_x, norms_x, steps_w, norms_w, rows, weights, bias, val
         n = _possible(candidates, score, m, n, bound, steps_w, norms_w, length)
         _score(x, weights, bias, candidates, exact, m, n)
         _rank_all(exact, score, m, n, signed)
-        _keep(candidates, score, exact, n, k, val[t], idx[t])
+        keep(candidates, score, exact, n, k, val[t], idx[t])
 
 
 @njit(**COMPILED)
@@ -90,15 +86,6 @@ def _error(step_w, norm_w, length):
     """Compute the bound of a score's error, in units of the token's step; `length` is the token's in these
     units."""
     return np.float32(N_SIGMA / 12**0.5) * np.sqrt(norm_w * norm_w + step_w * step_w * length * length)
-
-
-@njit(**COMPILED)
-def _group_size(n_latents, k):
-    """Choose the latents per group: more make fewer groups, but more of those searched hold nothing."""
-    group = MOST_PER_GROUP
-    while group > 1 and n_latents < GROUPS_PER_CODE * k * group:
-        group //= 2
-    return group
 
 
 @njit(**COMPILED)
@@ -185,20 +172,3 @@ def _rank_all(exact, score, first, last, signed):
     if signed is not None:
         for i in range(first, last):
             score[i] = rank(exact[i], signed)
-
-
-@njit(**COMPILED)
-def _keep(candidates, score, exact, n, k, val, idx):
-    """Keep the k largest of n scores above 0, with their exact values; of equal ones the first."""
-    low, high = kth(score, n, k, ALL_BITS)
-    n_ties = k - count(score, n, high)
-    m = 0
-    for i in range(n):
-        tied = score[i] < high
-        if score[i] > 0 and score[i] >= low and m < k and (not tied or n_ties > 0):
-            n_ties -= np.int64(tied)
-            val[m] = exact[i]
-            idx[m] = candidates[i]
-            m += 1
-    val[m:] = 0
-    idx[m:] = 0

@@ -3,7 +3,7 @@
 import numpy as np
 from numba import njit
 
-from saemill.train.backends.cpu.loops.numbers import COMPILED, bits_of, float_of, largest
+from saemill.common.loops.numbers import COMPILED, bits_of, float_of, largest
 
 ALL_BITS = np.uint32(0xFFFFFFFF)
 BFLOAT16_BITS = np.uint32(0xFFFF0000)
