@@ -3,6 +3,7 @@
 numbers.py   how loops are compiled; bfloat16 as numba sees it
 kth.py       the k-th largest of some numbers
 largest.py   the k largest entries of each row
+moments.py   means and squared deviations of rows, and their norms
 
 Every row is computed alone, so results do not depend on the number of threads. The modules need numba; import
 them where they are used, and only there.

@@ -20,7 +20,6 @@ shards.py         a Zarr array of one file per shard, which memory-maps
 forms/            float rows ↔ stored rows ↔ the bytes of a shard
 rounding.py       values → a float type of fewer bits
 permutation.py    the order of rows in a shard, and every other shuffle
-sums.py           sums over rows, compiled by numba
 statistics.py     moments of a site
 statistics_records.py  those as records hold them
 norms.py          norms of a site's rows, and counts of them

@@ -22,7 +22,7 @@ SMALLEST_NORM = torch.finfo(torch.bfloat16).smallest_normal
 def norms_of(x_TD: Tensor) -> NDArray[np.uint16]:
     """Compute the Euclidean norm of each row, mean not removed, as the bits of its bfloat16. Larger ones than
     bfloat16 has count as its largest. uint16 [T]."""
-    from saemill.common.stores.sums import squared_norms  # numba is loaded where it is used
+    from saemill.common.loops.moments import squared_norms  # numba is loaded where it is used
 
     # Squares in float64: none is too large or too small for it, and the order of sums does not show.
     norm_T = torch.from_numpy(squared_norms(x_TD)).sqrt_().clamp_(max=LARGEST_NORM)

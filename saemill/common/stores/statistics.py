@@ -87,13 +87,13 @@ class Moments:
 
     def add(self, x_TD: Tensor) -> None:
         """Count the rows of x_TD."""
-        from saemill.common.stores import sums  # numba is loaded where it is used
+        from saemill.common.loops import moments  # numba is loaded where it is used
 
         for rows_TD in torch.split(x_TD, ROWS_PER_MEAN):
             if len(rows_TD) == 0:
                 continue
-            mean_D = sums.mean(rows_TD)
-            deviations_D, squares_T = sums.deviations(rows_TD, mean_D)
+            mean_D = moments.mean(rows_TD)
+            deviations_D, squares_T = moments.deviations(rows_TD, mean_D)
             self.merge(len(rows_TD), mean_D, deviations_D, _steps(squares_T))
 
     def merge(
