@@ -40,9 +40,12 @@ def _largest(rows, idx):
     candidates = np.empty(n_entries + len(maxima), np.int64)  # at its end the groups searched
     key, kept = np.empty(n_entries, np.float32), np.empty(k, np.float32)
     for t in range(len(rows)):
-        _group_maxima(rows[t], group, maxima)
-        least = nearly_kth(maxima, len(maxima), k, np.float32(0))
-        n = _reaching(rows[t], group, maxima, least, candidates, key)
+        if group > 1:
+            _group_maxima(rows[t], group, maxima)
+            least = nearly_kth(maxima, len(maxima), k, np.float32(0))
+            n = _reaching(rows[t], group, maxima, least, candidates, key)
+        else:
+            n = _all(rows[t], candidates, key)
         keep(candidates, key, key, n, k, kept, idx[t])
         if kept[k - 1] == 0:
             _fill(rows[t], kept, idx[t])
@@ -76,6 +79,15 @@ def _group_maxima(row, group, maxima):
             here = row[start : start + LANES]
             for lane in range(len(here)):
                 most[lane] = max(most[lane], _bits(here[lane]))
+
+
+@njit(**COMPILED)
+def _all(row, candidates, key):
+    """List all entries, and what they are ranked by. Returns: how many."""
+    for place in range(len(row)):
+        candidates[place] = place
+        key[place] = float_of(np.uint32(_bits(row[place])))
+    return len(row)
 
 
 @njit(**COMPILED)
