@@ -172,7 +172,8 @@ def test_identities_stay_what_they_are(kind: Any, changed: dict[str, Any], expec
         ),
         (
             AssessConfig,
-            "run acts with_acts local_cache model with_acts_model out device device_map max_memory log_to_wandb",
+            "run acts with_acts local_cache model with_acts_model out device device_map max_memory "
+            "log_to_wandb",
         ),
         (ImportConfig, "source out texts dtype shard_rows compression"),
         (EmbedConfig, "dataset model out dtype device shard_rows compression"),
