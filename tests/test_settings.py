@@ -170,7 +170,11 @@ def test_identities_stay_what_they_are(kind: Any, changed: dict[str, Any], expec
             "kernels resume data_ranks latent_ranks profile log_to_wandb wandb_project wandb_entity run_name "
             "wandb_log_frequency wandb_artifacts log_to_tensorboard",
         ),
-        (AssessConfig, "run acts with_acts local_cache model out device device_map max_memory log_to_wandb"),
+        (
+            AssessConfig,
+            "run acts with_acts local_cache model with_acts_model out device device_map max_memory "
+            "log_to_wandb",
+        ),
         (ImportConfig, "source out texts dtype shard_rows compression"),
         (EmbedConfig, "dataset model out dtype device shard_rows compression"),
         (GenerateConfig, "out batch_size device"),

@@ -54,7 +54,6 @@ class AssessConfig:
         None,
         "The second model of a crosscoder of two, if not where it was cached from",
         decides=False,
-        later=True,
     )
     with_model: bool = setting(True, "Measure losses with the SAE spliced into the model")
     tokens: Path | None = setting(None, "Assess on this token store, not the held-out rows")

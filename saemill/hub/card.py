@@ -225,10 +225,9 @@ def _best_elsewhere(saes: Iterable[str], assessment: Mapping[str, Any]) -> list[
     each = bests(assessment)
     if len(assessment["variants"]) == 1:
         return []
-    first = "First of them" if len(each) == 1 else "First at"
+    where = {best["variant"]: f"at {span(best['site'])}" if len(each) > 1 else "of them" for best in each}
     return [
-        f"{first}{'' if len(each) == 1 else ' ' + span(best['site'])}: {span(best['variant'])}, "
-        f"{described(best, assessment)}."
+        f"First {where[best['variant']]}: {span(best['variant'])}, {described(best, assessment)}."
         for best in each
         if best["variant"] in saes
     ]
