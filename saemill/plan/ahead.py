@@ -27,7 +27,7 @@ from saemill.train import outlook as train
 from saemill.train.backends.choose import choose_product_dtype, kernels_of
 from saemill.train.config import TrainConfig
 from saemill.train.inputs import with_site
-from saemill.train.needed import needed_of
+from saemill.train.needed import counted_by_shard, needed_of
 from saemill.train.outlook import dead_after_tokens
 from saemill.train.sweep.placement import allowed_latent_ranks, choose
 from saemill.train.sweep.schedule import schedule_of
@@ -167,20 +167,34 @@ def training(
     return outlook, Trained(config, variants)
 
 
-def followed(config: TrainConfig, rows: Rows, cached: Cached) -> str:
-    """Tell about how much of what is cached a run needs on the disk at once that follows it, where what is
-    held out or masked is spread evenly.
+def followed(
+    config: TrainConfig, rows: Rows, cached: Cached, tokens: TokenStore | None, mask: MaskConfig
+) -> str:
+    """Tell how much of what is cached a run needs on the disk at once that follows it.
+
+    Args:
+        config: of the run.
+        rows: that are cached.
+        cached: what is cached of them.
+        tokens: those that are cached; None where they are not there yet, and what is held out or masked is
+            taken to be spread evenly.
+        mask: of the store.
 
     Raises:
         ConfigError: as training would.
     """
-    n_shards = -(-rows.n_tokens // cached.shard_tokens)
-    n_held_out = rows.n_held_out * rows.ctx_len * rows.kept_share
-    by_shard = ([round(n / n_shards)] * n_shards for n in (rows.epoch_tokens, n_held_out))
-    needed = needed_of(config, *by_shard, cached.shard_tokens)
-    n_bytes = needed.together * cached.shard_tokens * sum(cached.row_bytes.values())
+    shard_tokens = cached.shard_tokens
+    if tokens is not None:
+        by_shard = counted_by_shard(tokens, rows.n_rows, shard_tokens, config.mask.positions(mask))
+    else:
+        n_shards = -(-rows.n_tokens // shard_tokens)
+        n_held_out = round(rows.n_held_out * rows.ctx_len * rows.kept_share)
+        by_shard = [rows.epoch_tokens // n_shards] * n_shards, [n_held_out // n_shards] * n_shards
+    trained, held_out = by_shard
+    needed = needed_of(config, trained, held_out, shard_tokens)
+    size = shown(needed.together * shard_tokens * sum(cached.row_bytes.values()))
     kept = f", the first {counted(needed.kept, 'shard')} of it to the end" if needed.kept else ""
-    return f"  training needs about {shown(n_bytes)} of them at once{kept}"
+    return f"  training needs {'about ' if tokens is None else ''}{size} of them at once{kept}"
 
 
 def _named(config: TrainConfig) -> list[str]:

@@ -167,7 +167,8 @@ class Planner:
         if self.follower is not None:
             if has_tokens:
                 self._check_room(device.here(config), self.follower)
-            told = ahead.followed(self.follower, self.rows, self.cached)
+            there = self.tokens if has_tokens else None
+            told = ahead.followed(self.follower, self.rows, self.cached, there, config.mask or MaskConfig())
             outlook = replace(outlook, what=(*outlook.what, told))
         self._leave_out(device)
         if self.tokens is None or self.probe is None:

@@ -18,6 +18,7 @@ from saemill.pipeline import matrix
 from saemill.pipeline.chain import Chain
 from saemill.plan.planner import Planned, Planner
 from saemill.plan.probe import probing
+from saemill.train.config import TrainConfig
 
 CPU_INFO = Path("/proc/cpuinfo")
 
@@ -75,11 +76,12 @@ def plan(
     return done
 
 
-def _follower(configs: dict[str, Any]) -> Any:
+def _follower(configs: dict[str, Any]) -> TrainConfig | None:
     """Return the settings of training where it follows caching, and what it has read is removed."""
-    caching, training = configs.get("cache"), configs.get("train")
-    follows = caching is not None and training is not None and training.follow
-    return training if follows and caching.delete_consumed else None
+    if "cache" not in configs or "train" not in configs:
+        return None
+    training: TrainConfig = configs["train"]
+    return training if training.follow and configs["cache"].delete_consumed else None
 
 
 def _tell(planned: Planned, unmeasured: str) -> None:

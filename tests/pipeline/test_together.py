@@ -168,6 +168,9 @@ def test_room_for_what_is_measured_on_is_asked_for_before_anything_is_cached(
     found = re.search(match, str(told.value))
     assert found
     n_kept, size = int(found[1]), found[2]
+    told_after = call("plan", *measured, "--max-disk", size, "--no-probe")
+    whole = (n_kept + 4) * shard_bytes / 2**20
+    assert f"needs {whole:.1f} MiB of them at once, the first {n_kept} shards of it to the end" in told_after
     call("run", *measured, "--max-disk", size)
     (acts,) = (tmp_path / "acts").iterdir()
     there = {int(path.parent.name) for path in acts.glob("layers.1/c/*/0")}
