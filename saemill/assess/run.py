@@ -76,16 +76,9 @@ def _assess(
     settings.check_folder(out)
     to_wandb = everyone.first(lambda: _logs_to_wandb(config))
     models, model_check = open_models(config, trained, other, device, given)
+    model = models[0] if models else None
     evalset = EvalSet(
-        *(
-            trained.store,
-            other,
-            next(iter(models), None),
-            trained.mask,
-            trained.sites,
-            config.batch_size,
-            everyone,
-        ),
+        *(trained.store, other, model, trained.mask, trained.sites, config.batch_size, everyone),
         is_training_known=not trained.is_imported,
     )
     for model in models:

@@ -98,8 +98,8 @@ def import_(
     from saemill.imported_run import import_run
 
     if acts is not None:
-        named = {"model": model, "format": format_, "site": site, "target_site": target_site}
-        import_run(paths, acts, out, with_acts=with_acts, **named)
+        sites = {"site": site, "target_site": target_site}
+        import_run(paths, acts, out, with_acts=with_acts, model=model, format=format_, **sites)
         return
     for name, value in (("with-acts", with_acts), ("site", site), ("target-site", target_site)):
         if value is not None:
