@@ -237,7 +237,7 @@ def test_masks_of_two_stores_count_together() -> None:
         ({"site": ("a+with.a",)}, "joins one of another store; name that with --with-acts"),
         ({"loss": "mse"}, "loss mse is in the units of one site"),
         ({"target_site": ("a",)}, "got 2 to read, a\\+b, and 1 to predict, a"),
-        ({"eval_losses_every": 10, "eval_every": 10, "log_every": 10}, "a crosscoder reconstructs several"),
+        ({"eval_losses_every": 10, "eval_every": 10, "log_every": 10}, "spliced in at several sites"),
     ],
 )
 def test_refusals(store: ActivationStore, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
