@@ -129,8 +129,8 @@ class Describer:
                     yield latent
                     advance(1)
 
-    def latents(self, latents: Sequence[int]) -> list[Latent]:
-        """Describe some latents."""
+    def latents(self, latents: Sequence[int]) -> Iterator[Latent]:
+        """Describe some latents, each when it is asked for."""
         pieces = self.reader.pieces if isinstance(self.reader, Reader) else None
         effects = [each.effects(latents, pieces) for each in self._vocabularies]
         shares = self._norm_shares
@@ -142,8 +142,8 @@ class Describer:
             zip(*effects, strict=True),
             strict=True,
         )
-        return [
-            Latent(
+        for latent, near, counterparts, cosine, its_effects in told:
+            yield Latent(
                 latent=latent,
                 asked=latent in self.wanted.asked,
                 **self._firing(latent),
@@ -154,8 +154,6 @@ class Describer:
                 encoder_cosine=cosine,
                 norm_shares=() if shares is None else tuple(shares[latent].tolist()),
             )
-            for latent, near, counterparts, cosine, its_effects in told
-        ]
 
     def _firing(self, latent: int) -> dict[str, Any]:
         """Describe where a latent fires."""

@@ -70,10 +70,20 @@ class Fires:
     def strongest(self, n: int, sign: int = 1) -> NDArray[np.int64]:
         """Choose the places where it fires most above 0, or with sign −1 below it, at most one per document,
         the strongest first. Indices."""
-        order = np.argsort(-sign * self.acts_N, kind="stable")
-        order = order[: int((sign * self.acts_N > 0).sum())]
-        _, first = np.unique(self.documents_N[order], return_index=True)
-        return order[np.sort(first)[:n]]
+        signed_N = self.acts_N if sign > 0 else -self.acts_N
+        places = np.flatnonzero(signed_N > 0)
+        if not len(places):
+            return places
+        # As addresses ascend, a document's places stand together: only the strongest of each are sorted.
+        signed_P, documents_P = signed_N[places], self.documents_N[places]
+        starts = np.flatnonzero(np.append(True, documents_P[1:] != documents_P[:-1]))
+        most_D = np.maximum.reduceat(signed_P, starts)
+        is_most_P = signed_P == np.repeat(most_D, np.diff(starts, append=len(places)))
+        most = np.flatnonzero(is_most_P)
+        most = most[np.searchsorted(most, starts)]  # the first of each document
+        order = most[np.argsort(-most_D, kind="stable")]
+        _, first = np.unique(documents_P[order], return_index=True)  # a text may be there twice
+        return places[order[np.sort(first)[:n]]]
 
     def sampled(self) -> NDArray[np.int64]:
         """Draw a uniform sample of the places: those of the smallest hashes, by these. Indices."""

@@ -84,20 +84,21 @@ class Reader:
         """
         snippet, steps = self._snippet(int(fires.addresses_N[at]))
         around_A = fires.around(at).tolist()
-        values = tuple(_rounded(max((around_A[AROUND + step] for step in own), key=abs)) for own in steps)
+        values = tuple(_rounded(_most([around_A[AROUND + step] for step in own])) for own in steps)
         return Context(activation=float(fires.acts_N[at]), values=values, place=snippet)
 
     def _snippet(self, address: int) -> tuple[Snippet, list[list[int]]]:
         """Read a token with its neighbours; and how far from it the tokens of each piece are."""
         ctx_len = self.tokens.ctx_len
         row, position = divmod(address, ctx_len)
-        positions = np.arange(max(0, position - AROUND), min(ctx_len, position + AROUND + 1))
-        ids, documents = self.tokens.rows(row, row + 1)[0], self.tokens.document_of(row * ctx_len + positions)
-        document = int(documents[positions == position][0])
-        inside = positions[documents == document].tolist()
-        shown = [at for at in inside if at == position or int(ids[at]) not in self._special]
+        around = range(max(0, position - AROUND), min(ctx_len, position + AROUND + 1))
+        ids = self.tokens.rows(row, row + 1)[0].tolist()
+        documents = self.tokens.document_of(row * ctx_len + np.asarray(around)).tolist()
+        document = documents[around.index(position)]
+        inside = [at for at, own in zip(around, documents, strict=True) if own == document]
+        shown = [at for at in inside if at == position or ids[at] not in self._special]
         texts, steps = [], []
-        for n, text in self.pieces.of([int(ids[at]) for at in shown]):
+        for n, text in self.pieces.of([ids[at] for at in shown]):
             texts.append(text)
             steps.append([at - position for at in shown[:n]])
             shown = shown[n:]
@@ -109,6 +110,11 @@ class Reader:
             at=next(i for i, own in enumerate(steps) if 0 in own),
         )
         return snippet, steps
+
+
+def _most(values: list[float]) -> float:
+    """Return the number furthest from 0; a list of one is the rule."""
+    return values[0] if len(values) == 1 else max(values, key=abs)
 
 
 def _rounded(value: float) -> float:

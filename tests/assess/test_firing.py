@@ -7,6 +7,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from reconstructions import evalset, random_sae
 
@@ -168,3 +170,21 @@ def test_places_of_either_sign_are_apart() -> None:
     fires = Fires(0, np.arange(4), acts_N, np.arange(4).astype(np.uint64), key=1, ctx_len=4)
     assert (fires.strongest(9).tolist(), fires.strongest(9, -1).tolist()) == ([0, 2], [3, 1])
     assert (fires.largest, fires.smallest) == (3, -5)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(-2, 3).filter(bool)), max_size=30),
+    st.sampled_from([1, -1]),
+)
+def test_the_strongest_of_each_text_with_ties(places: list[tuple[int, int]], sign: int) -> None:
+    """Oracle: a stable sort of all places of that sign, the first of each text kept. Documents with the same
+    text stand apart, and many places fire alike."""
+    texts, acts = (np.array([place[i] for place in places], np.int64) for i in (0, 1))
+    fires = Fires(
+        0, np.arange(len(places)), acts.astype(np.float32), texts.astype(np.uint64), key=1, ctx_len=64
+    )
+    first: dict[int, int] = {}
+    for place in sorted(range(len(places)), key=lambda place: -sign * acts[place]):
+        if sign * acts[place] > 0:
+            first.setdefault(int(texts[place]), place)
+    assert fires.strongest(3, sign).tolist() == list(first.values())[:3]
