@@ -83,6 +83,12 @@ def test_variants_in_a_list_may_mix_architectures() -> None:
         ({"architecture": ("matryoshka",), "prefixes": (8, 4)}, "prefixes must be whole numbers .* got 8,4"),
         ({"architecture": ("matryoshka",), "prefixes": (4, 65)}, "prefixes must be whole numbers"),
         ({"architecture": ("matryoshka",), "prefixes": (4.5,)}, "prefixes must be whole numbers"),
+        ({"architecture": ("matryoshka",), "prefixes": (0, 8)}, r"prefixes must be in \(0, inf\), got 0"),
+        ({"k_anneal_steps": 100}, "k_anneal_steps must be fewer than the run's 100 steps, got 100"),
+        (
+            {"architecture": ("relu",), "penalty_warmup_steps": 200},
+            "penalty_warmup_steps must be fewer than the run's 100 steps, got 200",
+        ),
         ({"multi_topk": True, "k": (32,)}, "multi_topk fits 4 k latents, more than the 64"),
         ({"nested_k": (40,), "k": (32,)}, "nested_k must be ascending and below k"),
         ({"nested_k": (4,), "multi_topk": True, "k": (8,)}, "give nested_k or multi_topk, not both"),
