@@ -339,6 +339,7 @@ def test_beside_transcoders_it_is_as_alone(store: ActivationStore, tmp_path: Pat
         ({"site": ("layers.1.mlp",), "target_site": ("layers.2.mlp",)}, "joins two or more layers, got one"),
         ({"architecture": ("groupmax",)}, "is one of topk, .*, gated, got architecture groupmax"),
         ({"architecture": ("relu",), "resample_at": (5,)}, "resample_at is not there for a cross-layer"),
+        ({"architecture": ("relu",), "decoder_rows": "free"}, "decoder_rows .* are of unit length"),
         ({"k": (7,)}, "k counts those of all 3 layers, .*, got 7; take 6 or 9"),
         ({"num_latents": (97,)}, "num_latents counts those of all 3 layers, .*, got 97; take 96 or 99"),
         ({"nested_k": (3,)}, "nested_k is not there for a cross-layer transcoder"),

@@ -176,6 +176,8 @@ class Variant:
                 f"a cross-layer transcoder is one of {', '.join(CROSS_LAYER)}, got architecture "
                 f"{self.architecture}"
             )
+        if self.decoder_rows == "free":
+            raise ConfigError("decoder_rows of a cross-layer transcoder are of unit length; leave free out")
         for what in ("nested_k", "multi_topk", "resample_at"):
             if getattr(self, what):
                 raise ConfigError(f"{what} is not there for a cross-layer transcoder; leave it out")

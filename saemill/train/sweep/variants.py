@@ -216,6 +216,8 @@ def _complete(entry: dict[str, Any], d: int, n_latents: int, n_steps: int, where
             entry["target_l0"] = entry.get("target_l0") or TARGET_L0
             if entry.get("sparsity_penalty") == "tanh":
                 raise ConfigError("sparsity_penalty tanh leads to no target_l0; give l0_coefficient")
+        if entry.get("sparsity_penalty") == "tanh" and entry.get("most_density") is not None:
+            raise ConfigError("most_density has no effect with sparsity_penalty tanh; leave one of them out")
     if applies("l1_coefficient", architecture) and entry.get("l1_coefficient") is None:
         entry["l1_coefficient"] = BY_DEFAULT["l1_coefficient"]
     if applies("penalty_warmup_steps", architecture) and entry.get("penalty_warmup_steps") is None:

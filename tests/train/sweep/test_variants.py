@@ -80,6 +80,15 @@ def test_variants_in_a_list_may_mix_architectures() -> None:
             {"architecture": ("jumprelu",), "sparsity_penalty": "tanh"},
             "sparsity_penalty tanh leads to no target_l0; give l0_coefficient",
         ),
+        (
+            {
+                "architecture": ("jumprelu",),
+                "l0_coefficient": (0.1,),
+                "sparsity_penalty": "tanh",
+                "most_density": 0.1,
+            },
+            "most_density has no effect with sparsity_penalty tanh",
+        ),
         ({"architecture": ("matryoshka",), "prefixes": (8, 4)}, "prefixes must be whole numbers .* got 8,4"),
         ({"architecture": ("matryoshka",), "prefixes": (4, 65)}, "prefixes must be whole numbers"),
         ({"architecture": ("matryoshka",), "prefixes": (4.5,)}, "prefixes must be whole numbers"),
