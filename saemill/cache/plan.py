@@ -116,11 +116,21 @@ def sites_of(config: CacheConfig, architecture: Architecture) -> list[Site]:
     return architecture.resolve(layers, config.sites)
 
 
-def content_of(config: CacheConfig, tokens: TokenStore) -> dict[str, Any]:
-    """Collect the settings that decide the content of a new store made with this config, but for its
-    sites."""
-    n_rows = _n_rows(config, tokens, None)
-    return _identity(config, tokens, None, n_rows, World.here().device(config.device), None)
+def content_of(
+    config: CacheConfig, tokens: TokenStore, folder: Path | None = None, given: Any = None
+) -> dict[str, Any]:
+    """Collect the settings that decide the content of the store made with this config, but for its sites.
+
+    Args:
+        config: of the stage.
+        tokens: that are cached.
+        folder: of the store, whose settings are those that were left open if it is there; None for a new one.
+        given: the model itself where it is in memory.
+    """
+    existing = None if folder is None else existing_settings(folder, tokens)
+    n_rows = _n_rows(config, tokens, existing)
+    device = World.here().device(config.device) if given is None else given.device
+    return _identity(config, tokens, existing, n_rows, device, given)
 
 
 def _n_rows(config: CacheConfig, tokens: TokenStore, existing: StoreSettings | None) -> int:
