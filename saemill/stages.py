@@ -157,6 +157,7 @@ def cache_and_train(
     training = _config(TrainConfig, "train", {"follow": True, **settings}, acts=acts, out=out)
     with _evaluating(model):
         config = _config(CacheConfig, "cache", caching, tokens=tokens, out=acts)
+        together.check_room(config, training, model)
         together.cache_and_train(config, training, model)
     return Run(training.out)
 

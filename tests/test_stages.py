@@ -231,6 +231,20 @@ def test_the_lines_of_the_page_on_activations_made_on_the_fly_run(
     )
 
 
+def test_too_little_room_is_refused_before_anything_is_cached(work: Work, tmp_path: Path) -> None:
+    """Oracle: the message, and no folder; what it asks for is enough. A model by name and one in memory."""
+    settings = {"site": "layers.1", "follow_tokens": 1024, "k": 4, "num_latents": 64, "batch_size": 512}
+    for name, model in (("named", work.model), ("in memory", in_memory(work))):
+        acts, out = tmp_path / name / "acts", tmp_path / name / "run"
+        cache = {"model": model, "layers": [1], "shard_tokens": 512, "delete_consumed": True}
+        with pytest.raises(ConfigError, match=r"training needs .* at once") as told:
+            saemill.cache_and_train(work.tokens, acts, out, cache=cache | {"max_disk": "70KB"}, **settings)
+        assert not acts.parent.exists()
+        size = str(told.value).split("is written, ")[1].split(";")[0]
+        saemill.cache_and_train(work.tokens, acts, out, cache=cache | {"max_disk": size}, **settings)
+        assert (acts / "consumed.json").exists()
+
+
 def text_of(work: Work) -> dict[str, Any]:
     return TEXT | {"tokenizer": work.tokens.tokenizer.name}
 

@@ -10,10 +10,10 @@ import torch
 
 from saemill.cache.config import CacheConfig
 from saemill.cache.folder import check_same_store, existing_settings
-from saemill.cache.outlook import bytes_of_copy, mirrored_bytes, model_bytes, outlook_of
+from saemill.cache.outlook import COPY, RECORDS, bytes_of_copy, mirrored_bytes, model_bytes, outlook_of
 from saemill.cache.placing import check_bucket
 from saemill.common import config as settings
-from saemill.common import durable, setting
+from saemill.common import setting
 from saemill.common.addresses import address_of
 from saemill.common.errors import ConfigError
 from saemill.common.models.architecture import Architecture
@@ -116,11 +116,21 @@ def sites_of(config: CacheConfig, architecture: Architecture) -> list[Site]:
     return architecture.resolve(layers, config.sites)
 
 
-def content_of(config: CacheConfig, tokens: TokenStore) -> dict[str, Any]:
-    """Collect the settings that decide the content of a new store made with this config, but for its
-    sites."""
-    n_rows = _n_rows(config, tokens, None)
-    return _identity(config, tokens, None, n_rows, World.here().device(config.device), None)
+def content_of(
+    config: CacheConfig, tokens: TokenStore, folder: Path | None = None, given: Any = None
+) -> dict[str, Any]:
+    """Collect the settings that decide the content of the store made with this config, but for its sites.
+
+    Args:
+        config: of the stage.
+        tokens: that are cached.
+        folder: of the store, whose settings are those that were left open if it is there; None for a new one.
+        given: the model itself where it is in memory.
+    """
+    existing = None if folder is None else existing_settings(folder, tokens)
+    n_rows = _n_rows(config, tokens, existing)
+    device = World.here().device(config.device) if given is None else given.device
+    return _identity(config, tokens, existing, n_rows, device, given)
 
 
 def _n_rows(config: CacheConfig, tokens: TokenStore, existing: StoreSettings | None) -> int:
@@ -203,7 +213,8 @@ def check_disk(
     ctx_len: int,
     identity: Mapping[str, Any],
 ) -> None:
-    """Refuse what cannot fit on the disk, and say what would; what is written already counts.
+    """Refuse what cannot fit on the disk, with its records and the copy of the tokens, and say what would;
+    what is written already counts.
 
     Args:
         config: of the stage.
@@ -220,32 +231,47 @@ def check_disk(
             address, max(row_bytes.values()) * identity["shard_tokens"], mirrored_bytes(outlook.disk)
         )
         return
-    folder, free, shard_tokens = nearest_folder(config.out), free_bytes(config.out), identity["shard_tokens"]
-    there = {name: durable.folder_bytes(site_path(config.out, name) / "c") for name in row_bytes}
-    missing = {name: outlook.disk[name] - there[name] for name in row_bytes}
-    n_shards = max(outlook.disk[name] // (row_bytes[name] * shard_tokens) for name in row_bytes)
-    n_bytes = _checked_room(config, sum(outlook.disk[name] for name in row_bytes), n_shards)
-    n_missing = n_bytes - sum(there.values())
-    if n_missing <= free:
+    shard_bytes = {name: n_bytes * identity["shard_tokens"] for name, n_bytes in row_bytes.items()}
+    # Shards that are there count as raw ones do: if they are compressed, so will the others be.
+    there = {
+        name: sum(1 for _ in site_path(config.out, name).glob("c/*/0")) * n_bytes
+        for name, n_bytes in shard_bytes.items()
+    }
+    missing = {name: max(0, outlook.disk[name] - there[name]) for name in row_bytes}
+    n_whole, n_there = (sum(n_bytes[name] for name in row_bytes) for n_bytes in (outlook.disk, there))
+    n_shards = max(outlook.disk[name] // shard_bytes[name] for name in row_bytes)
+    n_missing = _checked_room(config, n_whole, n_shards) - n_there
+    has_copy = (config.out / "tokens" / "manifest.json").exists()
+    records = round(outlook.disk[RECORDS] * sum(missing.values()) / n_whole)
+    beside, free = records + (0 if has_copy else outlook.disk[COPY]), free_bytes(config.out)
+    if n_missing <= 0 or n_missing + beside <= free:
         return
-    fits = []
-    if not any(there.values()):  # else the store's number of rows is settled
-        token_bytes = sum(row_bytes.values())
-        n_tokens = (
-            free // (token_bytes * shard_tokens) * shard_tokens or free // (token_bytes * ctx_len) * ctx_len
-        )
-        fits += [f"--max-tokens {n_tokens}"] if n_tokens else []
-    fitting, left = [], free
-    for name, n_bytes in missing.items():
-        if n_bytes <= left:
-            fitting.append(name)
-            left -= n_bytes
-    fits += [f"{', '.join(fitting)} alone"] if fitting else []
-    needed = shown(n_missing) + (" before compression" if identity.get("compression") else "")
+    left = max(0, free - beside)
+    fits = [_sites_that_fit(missing, left)]
+    if not n_there:  # else the store's number of rows is settled
+        fits.insert(0, _tokens_that_fit(row_bytes, identity["shard_tokens"], ctx_len, left))
+    needed = shown(n_missing + beside) + (" before compression" if identity.get("compression") else "")
     raise ConfigError(
-        f"{needed} are needed in {folder}, {shown(free)} are free; choose fewer sites or --max-tokens, or "
-        f"another disk: {' or '.join(fits) or 'nothing of it'} would fit"
+        f"{needed} are needed in {nearest_folder(config.out)}, {shown(free)} are free; choose fewer sites or "
+        f"--max-tokens, or another disk: {' or '.join(filter(None, fits)) or 'nothing of it'} would fit"
     )
+
+
+def _tokens_that_fit(row_bytes: Mapping[str, int], shard_tokens: int, ctx_len: int, free: int) -> str:
+    """Name as many tokens as fit: in whole shards, else in whole rows; empty where none do."""
+    n_bytes = sum(row_bytes.values())
+    n_tokens = free // (n_bytes * shard_tokens) * shard_tokens or free // (n_bytes * ctx_len) * ctx_len
+    return f"--max-tokens {n_tokens}" if n_tokens else ""
+
+
+def _sites_that_fit(missing: Mapping[str, int], free: int) -> str:
+    """Name the sites that fit, the first ones first; empty where none does."""
+    fitting = []
+    for name, n_bytes in missing.items():
+        if n_bytes <= free:
+            fitting.append(name)
+            free -= n_bytes
+    return f"{', '.join(fitting)} alone" if fitting else ""
 
 
 class Ahead(NamedTuple):

@@ -121,7 +121,7 @@ class SiteWriter:
             file = self.array.write_shard(shard, as_numpy(permuted_TC), data)
             records.write(record, self.record(shard, permuted_TC, *file, batch_rows))
             claim.check()
-            self._publish(shard, data, record)
+            self._publish(shard, data, record, file.xxh3)
         except OSError:
             claim.check()  # the files of a worker that was taken for dead are cleared away
             raise
@@ -209,11 +209,12 @@ class SiteWriter:
             batch_rows=batch_rows,
         )
 
-    def _publish(self, shard: int, data: Path, record: Path) -> None:
-        """Put a shard and its record in place.
+    def _publish(self, shard: int, data: Path, record: Path, xxh3: str) -> None:
+        """Put a shard and its record in place; `xxh3` is the shard's hash.
 
         A worker that was stopped after its claim was checked may find its successor's files here. It
-        replaces none that has a record; where data and record are of both, the record is withdrawn.
+        replaces none that has a record; where data and record are of both, the record is withdrawn. Whoever
+        replaced the data last finds that out.
         """
         place, file, commit = self.worker.place, self.array.shard_path(shard), self.commit_path(shard)
         try:
@@ -226,7 +227,8 @@ class SiteWriter:
             place.create(record, commit)
             mixed = place.mark(file) not in (mark, None)  # it may be read and removed by now
         except FileExistsError:
-            mixed = place.mark(commit) is None or commit.read_bytes() != record.read_bytes()
+            known = None if place.mark(commit) is None else self.commit(shard)
+            mixed = known is None or (place.mark(file) == mark and known.xxh3 != xxh3)
         if mixed:
             place.remove(commit)
             place.remove(self.manifest_path)

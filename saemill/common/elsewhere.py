@@ -31,7 +31,9 @@ BANDWIDTH = Setting(
     "`--set train.bandwidth=`", "where E‖x‖² = 1; half of each threshold by default; with jumprelu"
 )
 TARGET_SITE = Setting(
-    "`--set train.target_site=`", "the output that is predicted; `--set train.site=` is the module before it"
+    "`--set train.target_site=`",
+    "the module whose output is predicted, with `--set train.site=` its input: `layers.6.mlp` and "
+    "`layers.6.mlp:in`, both in `--sites`",
 )
 ANNEALING = Setting("", "the penalty's power is the same over the whole run: `--set train.lp_norm=`")
 
@@ -122,7 +124,9 @@ SPARSIFY = {
     ),
     "run_name": Setting("`--run-name`", "the run's folder, and its group in wandb"),
     "resume": Setting("`--resume`", "always on; `--no-resume` trains anew"),
-    "finetune": Setting("", "an SAE is trained from its start"),
+    "finetune": Setting(
+        "`--set train.init_from=`", "an SAE of any format that is read, or a run, or `hf://…`"
+    ),
     "log_to_wandb": Setting("`--log-to-wandb`", "off by default; one run per SAE, in a group"),
     "wandb_log_frequency": Setting("`--wandb-log-frequency`", "that of all logs"),
 }
@@ -143,7 +147,9 @@ SAELENS = {
         "what there is",
     ),
     "model_from_pretrained_kwargs": Setting("", "as `model_kwargs`; models are loaded unprocessed"),
-    "from_pretrained_path": Setting("", "an SAE is trained from its start"),
+    "from_pretrained_path": Setting(
+        "`--set train.init_from=`", "an SAE of any format that is read, or a run, or `hf://…`"
+    ),
     "hook_name": Setting("`--layers`, `--sites`", "`blocks.6.hook_resid_post` is `--layers 6`"),
     "hook_eval": Setting("", "it has no effect there either"),
     "hook_head_index": Setting("", "sites give one vector per token; name the module with `--sites`"),
@@ -358,7 +364,7 @@ DICTIONARY_LEARNING = {
     "model": Setting("`MODEL`", "the first argument of `saemill run`"),
     "submodule": Setting("`--sites`", "`--sites layers.6.mlp`"),
     "d_submodule": Setting("", "the site's width is found"),
-    "io": Setting("", "a site is a module's output"),
+    "io": Setting("`--sites`", "`layers.6.mlp` is the module's output, `layers.6.mlp:in` its input"),
     "n_ctxs": Setting("`--set train.buffer_tokens=`", "in tokens"),
     "ctx_len": Setting("`--ctx-len`", SAME),
     "refresh_batch_size": Setting("`--set cache.batch_size=`", "rows per forward pass"),

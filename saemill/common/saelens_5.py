@@ -4,7 +4,10 @@ ROWS = {
     "hook_layer": ("`--layers`", "`hook_name` says it too"),
     "expansion_factor": ("`--expansion-factor`", "a list; 8 by default"),
     "activation_fn": ("`--architecture`", "relu or topk, with `--k`"),
-    "b_dec_init_method": ("`--set train.b_dec_init=`", "mean or geometric_median; never zeros"),
+    "b_dec_init_method": (
+        "`--set train.b_dec_init=`",
+        "mean or geometric_median; not zeros, from which the bias has to find the mean first",
+    ),
     "normalize_sae_decoder": (
         "`--set train.decoder_rows=`",
         "unit for true and free for false, with relu; else always of unit length",
@@ -23,7 +26,7 @@ ROWS = {
         "with relu, the steps at which dead latents begin again, as in Bricken et al. 2023; with others they "
         "fit the residual: `--auxk-alpha`",
     ),
-    "finetuning_tokens": ("", "an SAE is trained once, in whole"),
-    "finetuning_method": ("", "an SAE is trained once, in whole"),
+    "finetuning_tokens": ("", "`--set train.init_from=` trains a finished SAE further, all of it"),
+    "finetuning_method": ("", "`--set train.init_from=` trains a finished SAE further, all of it"),
 }
 """Equivalent and difference, as `elsewhere.Setting` has them, by name."""

@@ -125,11 +125,19 @@ def _text_of(wanted: StoreSettings) -> str:
 
 
 def _check_room(plan: Plan) -> None:
-    """Refuse what will not fit where it is to lie; what is written on a disk already counts."""
-    shard_tokens, row_bytes = plan.settings.shard_tokens, [_row_bytes(plan, site) for site in plan.sites]
-    needed = -(-plan.source.n_tokens // shard_tokens) * shard_tokens * sum(row_bytes)
-    needed -= sum(durable.folder_bytes(site_path(plan.place.folder, site.name) / "c") for site in plan.sites)
-    plan.place.check_room(needed, shard_tokens * max(row_bytes), "--dtype int8 or --compression zstd")
+    """Refuse what will not fit where it is to lie, records and the copy of the tokens or passages included;
+    what is written on a disk already counts."""
+    source, out, shard_tokens = plan.source, plan.place.folder, plan.settings.shard_tokens
+    has_text = (out / source.text.path.name / "manifest.json").exists()
+    needed: float = 0 if has_text else durable.folder_bytes(source.text.path)
+    row_bytes = {site.name: _row_bytes(plan, site) for site in plan.sites}
+    n_shards = -(-source.n_tokens // shard_tokens)
+    for name, n_bytes in row_bytes.items():
+        n_lacking = n_shards - sum(1 for _ in site_path(out, name).glob("c/*/0"))
+        records = durable.folder_bytes(site_path(source.path, name) / "commits") / n_shards
+        needed += n_lacking * (shard_tokens * n_bytes + records)
+    advice = "--dtype int8 or --compression zstd"
+    plan.place.check_room(needed, shard_tokens * max(row_bytes.values()), advice)
 
 
 def _row_bytes(plan: Plan, site: SiteArray) -> float:

@@ -187,7 +187,7 @@ class Chain:
                 training, out=self._place("runs", caching.model, [training.identity(), content])
             )
         self.configs |= {"cache": caching, "train": replace(training, acts=caching.out)}
-        check_room(caching, training, content, _sites(caching))
+        check_room(caching, training)
         names = [site.name for site in _sites(caching)]
         whole = has_sites(caching.out, content, names)
         if whole:

@@ -9,23 +9,23 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
 from contextlib import suppress
 from threading import Event
 from types import TracebackType
 from typing import Any
 
 from saemill.cache.config import CacheConfig
+from saemill.cache.plan import bytes_of_rows, content_of, sites_of
 from saemill.cache.run import run as cache
 from saemill.common import config as settings
 from saemill.common.errors import ConfigError, Interrupted, SaemillError, StoreError
 from saemill.common.log import counted
+from saemill.common.models.architecture import Architecture
+from saemill.common.models.sites import load_model_config
 from saemill.common.signals import stop_on_signal
 from saemill.common.sizes import written
 from saemill.common.stores.activations import ActivationStore
-from saemill.common.stores.forms.form import form_of
 from saemill.common.stores.mask import MaskConfig
-from saemill.common.stores.site_records import Site
 from saemill.common.stores.tokens import TokenStore
 from saemill.common.world import World
 from saemill.train.config import TrainConfig
@@ -140,9 +140,7 @@ def cache_and_train(caching: CacheConfig, training: TrainConfig, model: Any = No
         child.wait()
 
 
-def check_room(
-    caching: CacheConfig, training: TrainConfig, content: Mapping[str, Any], sites: list[Site]
-) -> None:
+def check_room(caching: CacheConfig, training: TrainConfig, model: Any = None) -> None:
     """Refuse less room on the disk than both need: where shards are removed when they are read, for a group
     that training is in, the next one, and the first shards, as many as hold the held-out tokens that it
     measures on; else for all.
@@ -150,16 +148,17 @@ def check_room(
     Args:
         caching: settings of the one; its tokens are there.
         training: settings of the other.
-        content: settings that decide the store's content.
-        sites: of the store.
+        model: the model itself, where it is in memory.
 
     Raises:
-        ConfigError: there is less, with what is needed.
+        ConfigError: there is less, with what is needed; or what caching refuses.
     """
     limit = caching.max_disk_bytes
     if limit is None:
         return
-    tokens, n_rows, shard_tokens = TokenStore(caching.tokens), content["n_rows"], content["shard_tokens"]
+    tokens = TokenStore(caching.tokens)
+    content = content_of(caching, tokens, caching.out, model)
+    n_rows, shard_tokens = content["n_rows"], content["shard_tokens"]
     if caching.delete_consumed:
         mask = settings.build(MaskConfig, content["mask"], "mask")
         by_shard = counted_by_shard(tokens, n_rows, shard_tokens, training.mask.positions(mask))
@@ -170,9 +169,12 @@ def check_room(
     else:
         n_needed, why = -(-n_rows * tokens.ctx_len // shard_tokens), "all shards are kept"
         less = "add --delete-consumed, by which shards that training has read are removed"
-    forms = [form_of(content["dtype"], site.width) for site in sites]
-    token_bytes = sum(form.columns * form.stored.itemsize for form in forms)
-    n_bytes = n_needed * shard_tokens * token_bytes
+    trusts = caching.trust_remote_code
+    model_config = (
+        load_model_config(caching.model, caching.revision, trusts) if model is None else model.config
+    )
+    row_bytes = bytes_of_rows(sites_of(caching, Architecture(model_config, trusts)), content)
+    n_bytes = n_needed * shard_tokens * sum(row_bytes.values())
     if limit < n_bytes:
         size = written(n_bytes)
         raise ConfigError(f"max_disk {caching.max_disk}: {why}, {size}; give as much or more, or {less}")

@@ -21,7 +21,7 @@ from saemill.common.models.sites import load_model_config
 from saemill.common.outlook import Outlook, shown
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.mask import MaskConfig
-from saemill.common.stores.site_names import parts_of
+from saemill.common.stores.site_names import BESIDE, parts_of
 from saemill.common.stores.tokens import TokenStore
 from saemill.train import outlook as train
 from saemill.train.backends.choose import choose_product_dtype, kernels_of
@@ -233,21 +233,44 @@ def assessing(
 
 
 def of_store(store: ActivationStore, config: TrainConfig) -> tuple[Rows, Cached]:
-    """Tell what is known of activations that are there."""
-    text, settings, model = store.text, store.settings, (0, 0)
+    """Tell what is known of activations that are there, those of a second model beside them included."""
+    text = store.text
     if isinstance(text, TokenStore):
         rows = Rows.of(text, None, config.mask.positions(store.mask))
-        if not str(settings.model).endswith(IN_MEMORY):
-            trusts = bool(settings.trust_remote_code)
-            model_config = load_model_config(config.model or str(settings.model), settings.revision, trusts)
-            n_weights = Architecture(model_config, trusts).n_weights
-            model = _of_model(model_config, n_weights, model_bytes(n_weights, settings.model_dump()))
     else:
         rows = Rows(store.n_tokens, 1, int(text.held_out_R.sum()), kept_share=1.0)
-    arrays = [store.site(name) for name in store.sites]
+    cached = _cached(store, config.model)
+    return rows, cached if store.beside is None else with_beside(cached, store.beside)
+
+
+def with_beside(cached: Cached, other: ActivationStore) -> Cached:
+    """Add the sites of a store that lies beside, by the names that they have there, and its model."""
+    beside = _cached(other, None)
+    widths, row_bytes = (
+        {f"{BESIDE}{name}": number for name, number in numbers.items()}
+        for numbers in (beside.widths, beside.row_bytes)
+    )
+    return replace(
+        cached,
+        widths={**cached.widths, **widths},
+        row_bytes={**cached.row_bytes, **row_bytes},
+        model_bytes=cached.model_bytes + beside.model_bytes,
+        n_ids=cached.n_ids if beside.n_ids else 0,  # losses are those of both models
+    )
+
+
+def _cached(store: ActivationStore, model_name: str | None) -> Cached:
+    """Tell what is known of the activations of one model; `model_name` is its, where it moved."""
+    settings, model = store.settings, (0, 0)
+    if isinstance(store.text, TokenStore) and not str(settings.model).endswith(IN_MEMORY):
+        trusts = bool(settings.trust_remote_code)
+        model_config = load_model_config(model_name or str(settings.model), settings.revision, trusts)
+        n_weights = Architecture(model_config, trusts).n_weights
+        model = _of_model(model_config, n_weights, model_bytes(n_weights, settings.model_dump()))
+    arrays = [store.array(name) for name in store.sites]
     widths = {array.name: array.width for array in arrays}
     row_bytes = {array.name: array.columns * array.stored.itemsize for array in arrays}
-    return rows, Cached(widths, row_bytes, *model, store.shard_tokens)
+    return Cached(widths, row_bytes, *model, store.shard_tokens)
 
 
 def few_steps(config: TrainConfig, acts: Path, n_tokens: int) -> TrainConfig:

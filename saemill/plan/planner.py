@@ -10,7 +10,6 @@ from saemill.assess.config import AssessConfig
 from saemill.assess.run import run as assess
 from saemill.cache.config import CacheConfig
 from saemill.cache.fill import batch_rows
-from saemill.cache.plan import content_of
 from saemill.cache.run import run as cache
 from saemill.common.addresses import is_there
 from saemill.common.errors import ConfigError
@@ -18,7 +17,6 @@ from saemill.common.outlook import Outlook
 from saemill.common.stores import runs
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.mask import MaskConfig
-from saemill.common.stores.site_records import Site
 from saemill.common.stores.tokens import TokenStore
 from saemill.pipeline.found import has_sites
 from saemill.pipeline.stages import MADE, READS
@@ -166,7 +164,7 @@ class Planner:
                 return Planned(replace(outlook, is_done=True), None)
         if self.follower is not None:
             if has_tokens:
-                self._check_room(device.here(config), self.follower)
+                check_room(device.here(config), self.follower)
             there = self.tokens if has_tokens else None
             told = ahead.followed(self.follower, self.rows, self.cached, there, config.mask or MaskConfig())
             outlook = replace(outlook, what=(*outlook.what, told))
@@ -179,13 +177,6 @@ class Planner:
         measured, self.acts = self._measured(outlook, small, least, some.n_tokens)
         return _planned(outlook, measured)
 
-    def _check_room(self, config: CacheConfig, follower: TrainConfig) -> None:
-        """Refuse less room than caching and training need at once, as both would."""
-        assert self.tokens is not None
-        assert self.cached is not None
-        sites = [Site(name, width) for name, width in self.cached.widths.items()]
-        check_room(config, follower, content_of(config, self.tokens), sites)
-
     def _train(self, config: TrainConfig) -> Planned:
         device = Device.of(config.device)
         if not self.has_acts and is_there(config.acts / MADE["train"]):
@@ -197,6 +188,9 @@ class Planner:
             self.rows, self.cached = ahead.of_store(ActivationStore(config.acts, config.with_acts), config)
         assert self.rows is not None
         assert self.cached is not None
+        if config.with_acts is not None and not self.has_acts:
+            self.cached = ahead.with_beside(self.cached, ActivationStore(config.with_acts))
+            self.unmeasured = self.unmeasured or "not measured: with_acts is of all tokens, not of a sample"
         check_machine(device.here(config))
         outlook, self.trained = ahead.training(
             config, self.rows, self.cached, device.planned, device.memory_bytes

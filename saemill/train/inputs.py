@@ -10,6 +10,7 @@ from saemill.common.errors import ConfigError, StoreError
 from saemill.common.stores.activations import ActivationStore, keep_locally
 from saemill.common.stores.followed import FollowedStore
 from saemill.common.stores.followers import Consumed
+from saemill.common.stores.site_names import abridged, is_joined
 from saemill.common.stores.tokens import TokenStore
 from saemill.common.world import Group
 from saemill.train.config import TrainConfig
@@ -91,6 +92,11 @@ def open_stream(
     predicted = [] if config.target_site else [s.sites[1:] for each in sources.values() for s in each]
     sites = [*config.site, *config.target_site, *variant_sites, *itertools.chain(*predicted)]
     sites = list(dict.fromkeys(sites))
+    if config.runs_model and (joined := [site for site in sites if is_joined(site)]):
+        raise ConfigError(
+            f"losses of the model read rows of single sites, and {abridged(joined[0])} joins several; use "
+            "loss fvu, or train it in a run of its own"
+        )
     mask = config.mask.positions(store.mask)
     about: dict[str, Any] = {
         "norm_over_median": config.mask.norm_over_median,

@@ -90,7 +90,7 @@ class SaeSettings:
         "Prefixes of the latents that are to fit alone, as numbers of latents or shares of F",
         by_default="1/32, 3/32, 7/32, 15/32 of F, and all",
         metavar="N,…",
-        least=0,
+        within="(0, inf)",
         only=("matryoshka",),
     )
     """Numbers below 1 are shares; all latents are always the last prefix."""

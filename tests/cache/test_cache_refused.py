@@ -17,12 +17,14 @@ from crashes import file_hashes
 from torch import Tensor
 
 from saemill.cache import run as cache_run
+from saemill.cache.config import CacheConfig
 from saemill.common import durable
 from saemill.common.errors import ConfigError, DataError, StoreError
 from saemill.common.models.model import check_fit
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.tokens import TokenStore
+from saemill.plan.planner import checked
 from saemill.show import problems
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -125,17 +127,26 @@ def test_a_bad_shard_later_leaves_the_good_ones(
 def test_too_little_disk_is_refused(
     tokens: TokenStore, neox: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oracle: 4,800 tokens of 32 values of 2 bytes at two sites; what is on the disk already counts."""
+    """Oracle: 4,800 tokens of 32 values of 2 bytes at two sites, beside their records and a copy of the
+    tokens; what is on the disk already counts."""
     needed = 4800 * 32 * 2
-    free = needed * 2 - 1
-    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=free))
-    with pytest.raises(ConfigError, match=r"0\.6 MiB are needed .* choose fewer sites or --max-tokens"):
-        cache(tokens, neox, tmp_path / "deep" / "acts", layers=(0, 1))
+    config = CacheConfig(
+        tokens=tokens.path, model=neox, out=tmp_path / "deep" / "acts", layers=(0, 1), shard_tokens=SHARD
+    )
+    disk = checked("cache", config).disk
+    for free in (needed * 2 - 1, sum(disk.values()) - 1):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _path, free=free: SimpleNamespace(free=free))
+        with pytest.raises(ConfigError, match=r"MiB are needed .* choose fewer sites or --max-tokens"):
+            cache(tokens, neox, tmp_path / "deep" / "acts", layers=(0, 1))
     assert not (tmp_path / "deep").exists()
+    free = sum(disk.values())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=free))
     cache(tokens, neox, tmp_path / "acts", layers=(0,))
     cache(tokens, neox, tmp_path / "acts", layers=(0, 1))
+    cache(tokens, neox, tmp_path / "packed", compression="lz4")
     free = 0
     cache(tokens, neox, tmp_path / "acts", layers=(0, 1))
+    cache(tokens, neox, tmp_path / "packed")
 
 
 @pytest.mark.parametrize(

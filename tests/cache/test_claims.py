@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -290,22 +290,31 @@ def test_waiting_is_told_and_ends_with_a_signal(
 
 
 def one_shard(store: ActivationStore, worker: Worker, values_TD: torch.Tensor) -> SiteWriter:
-    """Write shard 1 of site `a` under a claim."""
+    """Write shard 1 of site `a` under a claim, as if computed by 2 rows per forward pass."""
     writer = SiteWriter(store, Site("a", 8), worker)
     claim = worker.claim("shard-1")
     assert claim
-    writer.write(1, values_TD, claim, Spare())
+    writer.write(1, values_TD, claim, Spare(), batch_rows=2)
     claim.release()
     return writer
 
 
+@pytest.mark.parametrize("before", [False, True], ids=["by a new one", "by one that was there"])
 @pytest.mark.parametrize("orphan", [False, True], ids=["", "over a file without record"])
 @pytest.mark.parametrize("same", [False, True], ids=["other bytes", "same bytes"])
-def test_a_worker_that_wakes_up_late_spoils_nothing(same: bool, orphan: bool, tmp_path: Path) -> None:
+def test_a_worker_that_wakes_up_late_spoils_nothing(
+    same: bool, orphan: bool, before: bool, tmp_path: Path
+) -> None:
     """Oracle: a shard's record holds the hash of its file, or there is no record and no manifest, when a
-    worker is stopped before any step on the disk and another takes over and finishes meanwhile."""
+    worker is stopped before any step on the disk and another, with other batches, takes over and finishes
+    meanwhile; and there is a record where the file is as that one alone writes it."""
     made = make_store(tmp_path / "made", 48, 16, 8, 256)
     values = torch.randn(256, 8)
+    others = values if same else values + 1
+    alone = ActivationStore(Path(shutil.copytree(made.path, tmp_path / "alone" / "acts")))
+    (alone.path / "a" / "commits" / "1.json").unlink()
+    with Worker(OnDisk(alone.path), threading.Event()) as worker:
+        one_shard(alone, worker, others)
     for moment in range(100):
         path = Path(shutil.copytree(made.path, tmp_path / f"{moment}" / "acts"))
         (path / "a" / "manifest.json").unlink()
@@ -313,10 +322,12 @@ def test_a_worker_that_wakes_up_late_spoils_nothing(same: bool, orphan: bool, tm
         if not orphan:
             (path / "a" / "c" / "1" / "0").unlink()
         store = ActivationStore(path)
-        reached = stopped_at(moment, store, values, values if same else values + 1)
+        reached = stopped_at(moment, store, values, others, before)
         data, commit = path / "a" / "c" / "1" / "0", path / "a" / "commits" / "1.json"
         if commit.exists():
             assert durable.hash_file(data) == durable.read_json(commit)["xxh3"]
+        if data.read_bytes() == (alone.path / "a" / "c" / "1" / "0").read_bytes():
+            assert commit.exists()
         if (path / "a" / "manifest.json").exists():
             assert problems(path) == []
         assert commit.exists() or not (path / "a" / "manifest.json").exists()
@@ -326,16 +337,20 @@ def test_a_worker_that_wakes_up_late_spoils_nothing(same: bool, orphan: bool, tm
     raise AssertionError("the writing never ended")
 
 
-def stopped_at(moment: int, store: ActivationStore, values: torch.Tensor, others: torch.Tensor) -> bool:
-    """Write a shard; before the so-manieth step another worker takes over. Whether it came to that."""
+def stopped_at(
+    moment: int, store: ActivationStore, values: torch.Tensor, others: torch.Tensor, before: bool
+) -> bool:
+    """Write a shard; before the so-manieth step another worker takes over, that was there before or comes
+    then, and clears away what is unfinished. Whether it came to that."""
     late, steps = Worker(OnDisk(store.path), threading.Event()), 0
+    there = Worker(OnDisk(store.path), threading.Event()) if before else None
 
     def take_over() -> None:
         file_of(late).write_text(json.dumps(durable.read_json(file_of(late)) | {"started": "before"}))
-        with Worker(OnDisk(store.path), threading.Event()) as other:
+        with nullcontext(there) if there else Worker(OnDisk(store.path), threading.Event()) as other:
             one_shard(store, other, others).finish()
 
-    with late, pytest.MonkeyPatch.context() as patch:
+    with late, there or nullcontext(), pytest.MonkeyPatch.context() as patch:
 
         def wrap(holder: Any, name: str) -> None:
             original = getattr(holder, name)

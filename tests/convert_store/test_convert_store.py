@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -137,13 +138,19 @@ def test_what_cannot_be_done_is_refused(source: ActivationStore, tmp_path: Path)
 def test_too_little_disk_is_told_first(
     source: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oracle: 3,072 rows of two sites, 12 values of 2 bytes; compressed fewer, and then it goes on."""
-    free = type("Usage", (), {"free": 2 * 3072 * 12 * 2 - 1})
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
-    with pytest.raises(ConfigError, match=r"0\.1 MiB are needed .* are free"):
+    """Oracle: 3,072 rows of two sites, 12 values of 2 bytes, beside the source's records and tokens; in int8
+    fewer, and then it goes on. What is whole takes no room, compressed too."""
+    folders = [source.path / "tokens", *(source.path / site / "commits" for site in ("a", "b"))]
+    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    free = 2 * 3072 * 12 * 2 + sum(file.stat().st_size for file in files) - 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(ConfigError, match=r"MiB are needed .* are free"):
         converted(source.path, tmp_path / "x", dtype="bf16")
     assert not (tmp_path / "x").exists()
-    converted(source.path, tmp_path / "x", dtype="int8")
+    options = {"dtype": "int8", "compression": "zstd"}
+    converted(source.path, tmp_path / "x", **options)
+    free = 0
+    converted(source.path, tmp_path / "x", **options)
 
 
 def test_damage_of_the_source_is_no_part_of_the_store(source: ActivationStore, tmp_path: Path) -> None:

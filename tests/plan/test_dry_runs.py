@@ -11,9 +11,11 @@ import yaml
 from command_line import call
 from pipeline import Pipeline
 
+from saemill.cache.config import CacheConfig
 from saemill.common.errors import ConfigError
 from saemill.common.world import World
 from saemill.plan import device
+from saemill.plan.planner import checked
 from saemill.train import outlook
 
 FEW = ("--no-probe", "--dry-run")
@@ -110,15 +112,22 @@ def test_what_cannot_be_made_is_refused_as_in_a_real_run(work: Path, words: dict
 def test_advice_on_a_full_disk_works(
     work: Path, words: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oracle: the advice followed, on a disk of room for two of the shards of 512 tokens of one site."""
-    free = 2 * 512 * 32 * 2
-    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=free))
+    """Oracle: the advice followed, on a disk of room for two of the shards of 512 tokens of one site, beside
+    the records and the copy of the tokens, of which the outlook tells."""
     line = f"cache there/tokens --model {words['MODEL']} --layers 0 --shard-tokens 512 -o x".split()
+    config = CacheConfig(
+        tokens=Path("there/tokens"), model=words["MODEL"], out=Path("x"), layers=(0,), shard_tokens=512
+    )
+    disk = checked("cache", config).disk
+    beside = disk["records"] + disk["copy of the tokens"]
+    free = beside + 2 * 512 * 32 * 2
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=free))
     with pytest.raises(ConfigError, match=r"are free; .*: --max-tokens 1024 would fit"):
         call(*line, *FEW)
     call(*line, *FEW, "--max-tokens", "1024")
+    free -= beside
     with pytest.raises(ConfigError, match="are needed"):
-        call(*line, *FEW, "--max-tokens", "1056")
+        call(*line, *FEW, "--max-tokens", "1024")
 
 
 def test_advice_on_too_little_memory_works(

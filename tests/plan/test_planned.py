@@ -1,6 +1,7 @@
 """What a plan says beside what a real run then writes, holds and takes."""
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from command_line import call
 from pipeline import Pipeline
 from safetensors.torch import load_file
 
+from saemill.assess.config import AssessConfig
 from saemill.cache.config import CacheConfig
 from saemill.cache.run import run as cache
 from saemill.common.outlook import Outlook
@@ -17,6 +19,7 @@ from saemill.common.stores.tokens import TokenStore
 from saemill.plan.child import Measured, Ran
 from saemill.plan.planner import checked
 from saemill.plan.probe import LIBRARIES, estimate, with_measured
+from saemill.plan.run import plan
 from saemill.plan.sample import sample
 from saemill.tokenize.config import TokenizeConfig
 from saemill.tokenize.run import run as tokenize
@@ -155,3 +158,27 @@ def test_a_measured_plan(
     planned = int(told.split(" into ")[1].split(" rows")[0].replace(",", ""))
     assert planned == pytest.approx(n_rows, rel=0.1)
     assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_models_of_a_crosscoder_of_two(made: Pipeline, tiny_models: dict[str, str], tmp_path: Path) -> None:
+    """Oracle: the weights that the real assessment holds of both models when it begins, and what training
+    holds; planned from both stores, and from one that is there and one that is not."""
+    other, out = tmp_path / "other", tmp_path / "run"
+    caching = CacheConfig(
+        tokens=made.tokens, model=made.model, out=tmp_path / "unused", layers=(1,), shard_tokens=512,
+        device="cpu",
+    )  # fmt: skip
+    cache(replace(caching, model=tiny_models["llama"], out=other))
+    training = TrainConfig(
+        acts=made.acts, with_acts=other, out=out, site=("layers.1+with.layers.1",), k=(4,), num_latents=(64,),
+        batch_size=256, device="cpu",
+    )  # fmt: skip
+    assessing = AssessConfig(run=out, device="cpu", max_tokens=512, model_tokens=512, context_tokens=512)
+    planned = plan({"train": training, "assess": assessing}, measures=False)
+    unmade = replace(training, acts=caching.out)
+    ahead = plan({"cache": caching, "train": unmade, "assess": assessing}, measures=False)[1:]
+    train(training)
+    real = checked("assess", assessing)
+    for (trained, _), (assessed, _) in (planned, ahead):
+        assert assessed.memory["model"] == real.memory["model"]
+        assert trained.memory["weights"] == 64 * (2 * 64 + 1) * 4 + 64 * 4

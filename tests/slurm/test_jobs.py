@@ -99,6 +99,25 @@ def test_folders_between_stages_are_filled_in(here: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("acts", "given", "expected"),
+    [
+        ("s3://bucket/acts", {}, "3GB"),
+        ("s3://bucket/acts", {"local_cache": "1GB"}, "1GB"),
+        ("acts", {}, None),
+    ],
+)
+def test_the_assessment_keeps_as_much_of_a_bucket_as_training(
+    acts: str, given: dict[str, Any], expected: str | None, here: Path
+) -> None:
+    """Oracle: the setting of the job's own config: training's, the assessment's own, or none for a store on
+    a disk."""
+    file = config(here, cache={"out": acts}, train={"acts": acts, "local_cache": "3GB"}, assess=given)
+    pipeline = Pipeline.read(file)
+    assert pipeline.plain()["assess"].get("local_cache") == expected
+    assert pipeline.plain()["train"]["local_cache"] == "3GB"
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"cache": {"tokens": "other"}}, "tokenize.out is tokens, but cache.tokens is other"),

@@ -173,6 +173,26 @@ def test_an_export_of_another_tool(store: ActivationStore, tmp_path: Path) -> No
         run(started(store, tmp_path / "other", place, site=("a",)))
 
 
+def test_a_listed_variant_takes_the_latents_of_what_it_starts_from(
+    store: ActivationStore, source: Path
+) -> None:
+    """Oracle: the source's number of latents, beside a variant whose number is the run's."""
+    listed = ({"k": 3}, {"k": 2, "init_from": str(source / "a-k4-f48-s0-lr0.003"), "name": "from"})
+    for width, anew in (({}, 8 * D), ({"num_latents": (24,)}, 24)):
+        settings = started(store, Path("out"), None, site=("a",), variants=listed, **width)
+        found = of_config(settings, {"a": D}, STEPS, sources_of(settings))
+        assert [(v.name, v.num_latents) for v in found] == [(f"a-k3-f{anew}-s0-lr0.003", anew), ("from", 48)]
+
+
+def test_a_penalty_of_another_kind_is_told(store: ActivationStore, source: Path) -> None:
+    """Oracle: the message, and what it advises: a new weight."""
+    place = source / "a-jumprelu-f48-s0-target5-lr0.003"
+    with pytest.raises(ConfigError, match=r"was trained with target_l0 and sparsity_penalty step, .*; give"):
+        variants(store, place, sparsity_penalty="tanh")
+    (variant,) = variants(store, place, sparsity_penalty="tanh", l0_coefficient=(0.01,))
+    assert (variant.target_l0, variant.l0_coefficient, variant.num_latents) == (None, 0.01, 48)
+
+
 def test_an_sae_on_the_hub(store: ActivationStore, source: Path, hub: Hub, tmp_path: Path) -> None:
     """Oracle: the run from the same SAE in a folder, by its identity."""
     name = "a-k4-f48-s0-lr0.003"

@@ -339,11 +339,22 @@ def test_beside_transcoders_it_is_as_alone(store: ActivationStore, tmp_path: Pat
         ({"site": ("layers.1.mlp",), "target_site": ("layers.2.mlp",)}, "joins two or more layers, got one"),
         ({"architecture": ("groupmax",)}, "is one of topk, .*, gated, got architecture groupmax"),
         ({"architecture": ("relu",), "resample_at": (5,)}, "resample_at is not there for a cross-layer"),
+        ({"architecture": ("relu",), "decoder_rows": "free"}, "decoder_rows .* are of unit length"),
         ({"k": (7,)}, "k counts those of all 3 layers, .*, got 7; take 6 or 9"),
         ({"num_latents": (97,)}, "num_latents counts those of all 3 layers, .*, got 97; take 96 or 99"),
         ({"nested_k": (3,)}, "nested_k is not there for a cross-layer transcoder"),
         ({"optimizer": "muon"}, "optimizer muon steps whole matrices"),
         ({"loss": "mse"}, "loss mse is in the units of one site, and a cross-layer transcoder has several"),
+        ({"loss": "mse+kl"}, "losses of the model read .*, and .* joins several; use loss fvu"),
+        (
+            {end: tuple(f"layers.{layer}.{name}" for layer in (0, 2, 1)) for end, name in ENDS.items()},
+            "in the order in which the model runs them",
+        ),
+        (
+            {"target_site": tuple(f"layers.{layer}.mlp" for layer in (1, 2, 0))}
+            | {"site": tuple(f"layers.{layer}.post_attention_layernorm" for layer in range(L))},
+            "in the order in which the model runs them",
+        ),
         ({"kernels": "triton"}, "kernels triton do not step a cross-layer transcoder"),
         ({"latent_ranks": 2}, "latent_ranks 2: a cross-layer transcoder needs all its latents"),
         ({"eval_losses_every": 10, "eval_every": 10, "log_every": 10}, "are measured by `saemill assess`"),

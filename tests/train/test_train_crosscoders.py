@@ -236,6 +236,16 @@ def test_masks_of_two_stores_count_together() -> None:
         ({"site": ("a+c",)}, "site 'c' of .* not in the store; finished: a, b"),
         ({"site": ("a+with.a",)}, "joins one of another store; name that with --with-acts"),
         ({"loss": "mse"}, "loss mse is in the units of one site"),
+        ({"loss": "kl"}, r"losses of the model read .*, and a\+b joins several; use loss fvu"),
+        (
+            {
+                "variants": (
+                    {"k": 4, "num_latents": 32},
+                    {"site": "a", "k": 4, "num_latents": 32, "loss": "ce"},
+                )
+            },
+            r"and a\+b joins several; use loss fvu, or train it in a run of its own",
+        ),
         ({"target_site": ("a",)}, "got 2 to read, a\\+b, and 1 to predict, a"),
         ({"eval_losses_every": 10, "eval_every": 10, "log_every": 10}, "spliced in at several sites"),
     ],

@@ -35,6 +35,14 @@ from saemill.train.run import run
         ({"log_to_wandb": True, "wandb_log_frequency": 7}, "must be a multiple of log_every"),
         ({"lr_decay": "none", "lr_decay_fraction": 0.1}, "no effect with lr_decay none"),
         ({"auxk_alpha": 0.0, "k_aux": 3}, "no effect with auxk_alpha 0"),
+        (
+            {"architecture": ("jumprelu",), "k": (), "preact_coefficient": 3e-6, "auxk_alpha": 0.1},
+            "auxk_alpha has no effect with preact_coefficient",
+        ),
+        (
+            {"architecture": ("jumprelu",), "k": (), "preact_coefficient": 3e-6, "k_aux": 3},
+            "k_aux has no effect with preact_coefficient",
+        ),
     ],
 )
 def test_refusals(store: ActivationStore, tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -53,7 +53,7 @@ def applies(name: str, architecture: str) -> bool:
 
 
 def _fill_in(entry: dict[str, Any], single: dict[str, Any], axes: Mapping[str, Any]) -> dict[str, Any]:
-    width_given = {"expansion_factor", "num_latents"} & set(entry)
+    width_given = {"expansion_factor", "num_latents", "init_from"} & set(entry)
     architecture = entry.setdefault("architecture", single.get("architecture", "topk"))
     for name in axes:
         if name in entry or (width_given and name in ("expansion_factor", "num_latents")):

@@ -265,7 +265,13 @@ def _take_penalty(
         return
     known = source.settings
     is_alike = all(known.get(name) == entry.get(name, common.get(name)) for name in kind)
-    own = {name: known[name] for name in names if is_alike and known.get(name) is not None}
+    own = {name: known[name] for name in names if known.get(name) is not None}
+    if own and not is_alike:
+        others = ", ".join(f"{name} {known.get(name)}" for name in kind)
+        raise ConfigError(
+            f"{source.address} was trained with {', '.join(own)} and {others}, and here the penalty is "
+            f"another; give {' or '.join(names)}, or {' and '.join(kind)} as there"
+        )
     entry |= own or {names[0]: _unknown(source, names[0])}
 
 

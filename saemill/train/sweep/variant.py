@@ -1,5 +1,6 @@
 """One SAE's settings, and what does not go together among them."""
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +9,7 @@ from saemill.common.errors import ConfigError
 from saemill.common.sae.parts import CROSS_LAYER
 from saemill.common.setting import check, like, written
 from saemill.common.stores.runs import check_variant_name
-from saemill.common.stores.site_names import parts_of
+from saemill.common.stores.site_names import module_of, parts_of
 from saemill.train.architectures import Architecture
 from saemill.train.config import ADAM_BETAS, OptimizerName, TrainConfig
 from saemill.train.losses import WITHOUT_SQUARES, Loss
@@ -150,8 +151,9 @@ class Variant:
         if self.target_site is not None:
             self._check_layers()
         if self.loss != "fvu":
-            what = "in the units" if self.loss == "mse" else "of the model with the activation"
-            raise ConfigError(f"loss {self.loss} is {what} of one site, and {name} has several; use loss fvu")
+            raise ConfigError(
+                f"loss {self.loss} is in the units of one site, and {name} has several; use loss fvu"
+            )
 
     def _check_layers(self) -> None:
         """Refuse what a cross-layer transcoder is not, and settings that have no meaning for it."""
@@ -161,11 +163,21 @@ class Variant:
                 f"a cross-layer transcoder predicts a site of each layer that it reads, got {n} to read, "
                 f"{self.site}, and {len(targets)} to predict, {self.target_site}"
             )
+        reads, writes = ([_layer(name) for name in names] for names in (self.parts, targets))
+        if any(later < one for names in (reads, writes) for one, later in itertools.pairwise(names)) or any(
+            read > write for read, write in zip(reads, writes, strict=True)
+        ):
+            raise ConfigError(
+                "a cross-layer transcoder names the sites of each layer in the order in which the model runs "
+                f"them, and both in the same; got {self.site}, and to predict {self.target_site}"
+            )
         if self.architecture not in CROSS_LAYER:
             raise ConfigError(
                 f"a cross-layer transcoder is one of {', '.join(CROSS_LAYER)}, got architecture "
                 f"{self.architecture}"
             )
+        if self.decoder_rows == "free":
+            raise ConfigError("decoder_rows of a cross-layer transcoder are of unit length; leave free out")
         for what in ("nested_k", "multi_topk", "resample_at"):
             if getattr(self, what):
                 raise ConfigError(f"{what} is not there for a cross-layer transcoder; leave it out")
@@ -212,3 +224,8 @@ class Variant:
             raise ConfigError(
                 f"multi_topk fits 4 k latents, more than the {n} there are; lower k, or leave it out"
             )
+
+
+def _layer(site: str) -> int:
+    """Return the number of the layer that a site is in, 0 where its name has none."""
+    return next((int(part) for part in module_of(site).split(".") if part.isdecimal()), 0)

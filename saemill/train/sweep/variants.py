@@ -216,15 +216,29 @@ def _complete(entry: dict[str, Any], d: int, n_latents: int, n_steps: int, where
             entry["target_l0"] = entry.get("target_l0") or TARGET_L0
             if entry.get("sparsity_penalty") == "tanh":
                 raise ConfigError("sparsity_penalty tanh leads to no target_l0; give l0_coefficient")
+        if entry.get("sparsity_penalty") == "tanh" and entry.get("most_density") is not None:
+            raise ConfigError("most_density has no effect with sparsity_penalty tanh; leave one of them out")
     if applies("l1_coefficient", architecture) and entry.get("l1_coefficient") is None:
         entry["l1_coefficient"] = BY_DEFAULT["l1_coefficient"]
     if applies("penalty_warmup_steps", architecture) and entry.get("penalty_warmup_steps") is None:
         entry["penalty_warmup_steps"] = n_steps // 10
+    _check_rises(entry, n_steps, where)
     resample_at = coerce(entry.get("resample_at", ()), tuple[int, ...], f"{where}.resample_at")
     if late := [step for step in resample_at if step >= n_steps]:
         raise ConfigError(
             f"resample_at {late[0]:,} is not before the run's end, after {n_steps:,} steps; lower it"
         )
+
+
+def _check_rises(entry: Mapping[str, Any], n_steps: int, where: str) -> None:
+    """Refuse a k and a penalty that would not be at their value by the end of the run."""
+    for name in ("k_anneal_steps", "penalty_warmup_steps"):
+        steps = coerce(entry.get(name) or 0, int, f"{where}.{name}")
+        if steps and steps >= n_steps:
+            raise ConfigError(
+                f"{name} must be fewer than the run's {n_steps:,} steps, got {steps:,}; lower it or train "
+                "longer"
+            )
 
 
 def _name_adam(entry: dict[str, Any]) -> None:
