@@ -30,6 +30,7 @@ class AbsTopK:
     """AuxK, of either sign; None where dead latents learn nothing."""
 
     further = ()
+    never_below_0 = ()
     has_gate = False
     unit_rows = True
     groups = None

@@ -40,6 +40,7 @@ class BatchTopK:
     """Steps until it is k."""
 
     further = ()
+    never_below_0 = ()
     has_gate = False
     unit_rows = True
 

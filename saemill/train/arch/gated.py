@@ -30,6 +30,7 @@ class Gated:
     """Steps over which the penalty rises."""
 
     further = ("r_mag", "b_mag")
+    never_below_0 = ()
     has_gate = True
     unit_rows = True
     auxiliary = None

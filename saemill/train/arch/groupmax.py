@@ -31,6 +31,7 @@ class GroupMax:
     """AuxK; None where dead latents learn nothing."""
 
     further = ()
+    never_below_0 = ()
     has_gate = False
     unit_rows = True
     groups = None

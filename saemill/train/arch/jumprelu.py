@@ -8,7 +8,7 @@ The loss is FVU plus a penalty: λ · L0; or (L0/L0* − 1)², which leads to a 
 2 (L0/L0* − 1)/L0* on this batch (as in dictionary_learning); or λ · Σ tanh(4 f) (Anthropic, January 2025).
 In it codes, θ and ε are in units in which E‖x‖² = 1, and λ means the same at every width. θ is kept in these
 units too, since the size of Adam's step does not follow a parameter's unit. Below 0 it would let negative
-codes through, which no saved SAE has, so after each step it is put back to 0 (`Learner.step`).
+codes through, which no saved SAE has, so each step puts it back to 0.
 
 ε is a share of each latent's own θ, unless it is given. Thresholds fall with the width D and with L0, and so
 does the spacing of pre-activations near them; one share fits all. A band too narrow holds too few tokens to
@@ -28,8 +28,6 @@ from saemill.train.backends.parameters import Parameters
 from saemill.train.backends.plain import decode, pre_activations
 from saemill.train.backends.team import Team
 
-THRESHOLD = "threshold"
-"""The name of θ among the parameters."""
 BANDWIDTH_SHARE = 0.5
 """ε over a latent's threshold, where no number is given: docs/recipes.md."""
 LEAST_BANDWIDTH = 0.001
@@ -54,7 +52,8 @@ class JumpRelu:
     warmup_steps: int = 0
     """Steps over which the penalty rises."""
 
-    further = (THRESHOLD,)
+    further = ("threshold",)
+    never_below_0 = ("threshold",)
     has_gate = False
     unit_rows = True
     groups = None
@@ -65,7 +64,7 @@ class JumpRelu:
 
     def rule(self, p: Parameters) -> Above:
         """Return the rule by which pre-activations become codes."""
-        theta_F, unit = p.further_F[THRESHOLD], len(p.b_D) ** 0.5
+        theta_F, unit = p.further_F["threshold"], len(p.b_D) ** 0.5
         return Above(theta_F * unit, self._bandwidth_F(theta_F) * unit)
 
     def _bandwidth_F(self, theta_F: Tensor) -> Tensor:
@@ -79,7 +78,7 @@ class JumpRelu:
         n_active = round(self.target_l0 or initial.start_l0(n_latents))
         initial.tied(p, n_latents, seed, sample, Largest(n_active), team)
         threshold = initial.cutoff(sample, p, n_active, team)
-        p.further_F[THRESHOLD].fill_(threshold / len(p.b_D) ** 0.5)
+        p.further_F["threshold"].fill_(threshold / len(p.b_D) ** 0.5)
 
     def weights_F(self, seen: Seen, d: int) -> Tensor:
         """Compute what one more token on which a latent is active adds to the loss."""
@@ -110,7 +109,7 @@ class JumpRelu:
     def loss(self, p: Parameters, x_TD: Tensor, y_TE: Tensor, seen: Seen, dtype: torch.dtype) -> Losses:
         """Compute the loss densely: the definition; `seen` has how often latents are active in the batch."""
         d, pre_TF = y_TE.shape[1], pre_activations(p, x_TD, dtype)
-        theta_F, width_F = p.further_F[THRESHOLD] * d**0.5, self.rule(p).bandwidth_F.detach()
+        theta_F, width_F = p.further_F["threshold"] * d**0.5, self.rule(p).bandwidth_F.detach()
         active_TF = (pre_TF > theta_F).to(pre_TF.dtype).detach()
         near_TF = ((pre_TF - theta_F).abs() < width_F / 2).to(pre_TF.dtype).detach() / width_F
         moved_F = theta_F - theta_F.detach()  # 0, with the gradient of θ
@@ -167,7 +166,7 @@ class JumpRelu:
         if isinstance(self.auxiliary, Pull):
             dead_S, scale = seen.dead.latents_S, self.auxiliary.weight * unit * per_square
             dtheta_F[dead_S] += scale * (seen.n_tokens - count_F[dead_S])
-        return Slopes(dcode_TK.where(active_TK, 0), {THRESHOLD: dtheta_F * unit}, penalty=penalty)
+        return Slopes(dcode_TK.where(active_TK, 0), {"threshold": dtheta_F * unit}, penalty=penalty)
 
     def inference(self, p: Parameters, cutoff: float) -> Inference:
         """Return the form in which the SAE is used: itself."""
@@ -178,4 +177,4 @@ class JumpRelu:
         """Start as a finished SAE with thresholds."""
         assert form.threshold_F is not None
         initial.restored(p, form)
-        p.further_F[THRESHOLD].copy_(form.threshold_F / len(p.b_D) ** 0.5)
+        p.further_F["threshold"].copy_(form.threshold_F / len(p.b_D) ** 0.5)

@@ -37,6 +37,7 @@ class Relu:
     """Steps over which the penalty rises."""
 
     further = ()
+    never_below_0 = ()
     has_gate = False
     auxiliary = None
     groups = None

@@ -42,6 +42,7 @@ class TopK:
     """Steps until it is k."""
 
     further = ()
+    never_below_0 = ()
     has_gate = False
     unit_rows = True
 

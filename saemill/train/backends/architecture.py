@@ -124,6 +124,10 @@ class Architecture(Protocol):
         """Return the names of its further parameters."""
 
     @property
+    def never_below_0(self) -> tuple[str, ...]:
+        """Return the names of those of them that each step puts back to 0 where it took them below."""
+
+    @property
     def has_gate(self) -> bool:
         """Tell whether the squared error of its pre-activations as codes, with the decoder held fixed, is a
         further loss."""

@@ -13,7 +13,6 @@ from saemill.common.sae import layers
 from saemill.common.sae.parts import Joined, Parts, SaeConfig
 from saemill.common.stores.site_names import parts_of
 from saemill.train.arch import initial
-from saemill.train.arch.jumprelu import THRESHOLD
 from saemill.train.architectures import PENALISED
 from saemill.train.backends.architecture import Dead, Sample
 from saemill.train.backends.base import Backend, Batch, Rates, Task
@@ -159,8 +158,8 @@ class Learner:
             of = self.target_scaling or self.scaling
             task = task._replace(objective=passages.objective(variant.loss, of.scale, of.centre_D))
         sums = self.backend.step(task)
-        if THRESHOLD in architecture.further:
-            self.parameters.further_F[THRESHOLD].clamp_(min=0)
+        for name in architecture.never_below_0:
+            self.parameters.further_F[name].clamp_(min=0)
         if self.average is not None:
             with region("optimizer"):
                 self.average.add(self.optimizer.n_steps)

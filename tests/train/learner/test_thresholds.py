@@ -3,7 +3,6 @@
 import pytest
 from steps import make_bank, planted, train
 
-from saemill.train.arch.jumprelu import THRESHOLD
 from saemill.train.sweep.variant import Variant
 
 T, D, F = 64, 12, 40
@@ -21,6 +20,6 @@ def test_thresholds_do_not_go_below_0(penalty: str) -> None:
     bank = make_bank([variant], batches[0])
     train(bank, batches)
     (learner,) = bank.learners
-    threshold_F = learner.parameters.further_F[THRESHOLD]
+    threshold_F = learner.parameters.further_F["threshold"]
     assert threshold_F.min() == 0
     assert threshold_F.max() > 0
