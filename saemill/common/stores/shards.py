@@ -242,9 +242,7 @@ class ShardedArray:
         bad = [(i, problem) for i in range(self.n_shards) if (problem := self.problem(i, known[i]))]
         if bad:
             lines = "\n".join(f"  {self.shard_name(i)}: {problem}" for i, problem in bad[:10])
-            raise StoreError(
-                f"{len(bad)} of {self.n_shards} shards of {self.path} are damaged:\n{lines}\n{self.repair}"
-            )
+            raise StoreError(f"{len(bad)} of {self.n_shards} shards are damaged:\n{lines}\n{self.repair}")
 
     def _open_content(self, shard: int) -> Content:
         """Open the file of a shard, or its object."""

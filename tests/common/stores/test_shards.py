@@ -149,7 +149,7 @@ def test_damage_is_an_error(array: ShardedArray, shard: int, damage: str) -> Non
         with pytest.raises(StoreError, match=expected) as caught:
             read()
         assert str(file) in str(caught.value)
-    with pytest.raises(StoreError, match=r"1 of 3 shards .* are damaged:\n.*\nrepair it"):
+    with pytest.raises(StoreError, match=r"1 of 3 shards are damaged:\n.*\nrepair it"):
         fresh.check_sizes()
     assert fresh.problem(shard) is not None
     for other in {0, 1, 2} - {shard}:
