@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from saemill.commands.flags import argument, command, option
+from saemill.commands.flags import argument, option, told_command
 from saemill.common.addresses import named
 from saemill.convert_store.config import ConvertConfig
 
@@ -66,14 +66,14 @@ def verify(
         raise typer.Exit(1)
 
 
-@command(
+@told_command(
     ConvertConfig,
     "convert-store",
     argument("source"),
     argument("out"),
     *("dtype", "compression", "shard_tokens"),
 )
-def convert_store(config: ConvertConfig) -> None:
+def convert_store(config: ConvertConfig, dry_run: bool) -> None:
     """Write a store's activations again in another form: type, compression, size of shards.
 
     Another compression or other shards change no activation; another type rounds. Killed at any moment, the
@@ -83,6 +83,12 @@ def convert_store(config: ConvertConfig) -> None:
 
     Example: `saemill convert-store acts half --dtype int8`
     """
+    if dry_run:
+        from saemill.common.outlook import tell
+        from saemill.convert_store.plan import make_plan, outlook_of
+
+        tell(outlook_of(make_plan(config), config.out))
+        return
     from saemill.convert_store.run import run
 
     run(config)

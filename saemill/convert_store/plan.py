@@ -7,12 +7,14 @@ from typing import Any
 from saemill.cache.calibration import calibration_of, first_rows
 from saemill.cache.claims.files import holds_only_claims
 from saemill.cache.folder import check_same_store
+from saemill.cache.outlook import RECORDS
 from saemill.cache.placing import Place, place_of
 from saemill.common import config as settings
 from saemill.common import durable
 from saemill.common.addresses import named, naming
 from saemill.common.errors import ConfigError, StoreError
-from saemill.common.log import say
+from saemill.common.log import counted, say
+from saemill.common.outlook import Outlook
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.forms.form import Form
 from saemill.common.stores.forms.int8 import Calibration
@@ -66,7 +68,7 @@ def make_plan(config: ConvertConfig) -> Plan:
     with naming(place.folder, place.name):
         _check_out(place.folder, wanted)
     plan = Plan(source, place, wanted, sites, {site.name: _calibration(wanted, site) for site in sites})
-    _check_room(plan)
+    _check_room(plan, outlook_of(plan, config.out))
     if wanted.dtype != source.settings.dtype:
         say(_loss(source.settings.dtype, wanted.dtype))
     return plan
@@ -124,20 +126,49 @@ def _text_of(wanted: StoreSettings) -> str:
     return "tokens" if wanted.kind == "tokens" else "passages"
 
 
-def _check_room(plan: Plan) -> None:
+def outlook_of(plan: Plan, out: Path) -> Outlook:
+    """Work out what is going to be written to `out`; shards and text that are there already are left out."""
+    source, folder, now = plan.source, plan.place.folder, plan.settings
+    unit, before, n_shards = source.text.unit, source.settings, -(-source.n_tokens // now.shard_tokens)
+    has_text = (folder / source.text.path.name / "manifest.json").exists()
+    lacking = {
+        site.name: n_shards - sum(1 for _ in site_path(folder, site.name).glob("c/*/0"))
+        for site in plan.sites
+    }
+    disk = {
+        site.name: round(lacking[site.name] * now.shard_tokens * _row_bytes(plan, site))
+        for site in plan.sites
+    }
+    records = sum(
+        n_lacking * durable.folder_bytes(site_path(source.path, name) / "commits") / n_shards
+        for name, n_lacking in lacking.items()
+    )
+    copy = 0 if has_text else durable.folder_bytes(source.text.path)
+    packed = f" compressed by {now.compression} (sizes as the first block's)" if now.compression else ""
+    from_ = f"from {before.stored_as} in shards of {before.shard_tokens:,}"
+    to = f"to {now.dtype}{packed} in shards of {now.shard_tokens:,}"
+    return Outlook(
+        stage="convert-store",
+        what=(
+            f"{counted(source.n_tokens, unit)} {from_} {to}:",
+            *(
+                f"  {site.name:32} D {site.width:6,}  {disk[site.name] / 2**20:12,.1f} MiB in "
+                f"{counted(lacking[site.name], 'shard')}"
+                for site in plan.sites
+            ),
+        ),
+        folder=out,
+        amounts={f"{unit}s": source.n_tokens},
+        unit=unit,
+        disk=disk | {RECORDS: round(records), f"copy of the {unit}s": copy},
+    )
+
+
+def _check_room(plan: Plan, outlook: Outlook) -> None:
     """Refuse what will not fit where it is to lie, records and the copy of the tokens or passages included;
     what is written on a disk already counts."""
-    source, out, shard_tokens = plan.source, plan.place.folder, plan.settings.shard_tokens
-    has_text = (out / source.text.path.name / "manifest.json").exists()
-    needed: float = 0 if has_text else durable.folder_bytes(source.text.path)
-    row_bytes = {site.name: _row_bytes(plan, site) for site in plan.sites}
-    n_shards = -(-source.n_tokens // shard_tokens)
-    for name, n_bytes in row_bytes.items():
-        n_lacking = n_shards - sum(1 for _ in site_path(out, name).glob("c/*/0"))
-        records = durable.folder_bytes(site_path(source.path, name) / "commits") / n_shards
-        needed += n_lacking * (shard_tokens * n_bytes + records)
-    advice = "--dtype int8 or --compression zstd"
-    plan.place.check_room(needed, shard_tokens * max(row_bytes.values()), advice)
+    shard_bytes = plan.settings.shard_tokens * max(_row_bytes(plan, site) for site in plan.sites)
+    plan.place.check_room(outlook.disk_bytes, shard_bytes, "--dtype int8 or --compression zstd")
 
 
 def _row_bytes(plan: Plan, site: SiteArray) -> float:

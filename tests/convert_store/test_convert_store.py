@@ -12,10 +12,12 @@ from command_line import call
 from crashes import check_crashes, file_hashes
 from stores import make_embeddings, make_store
 
+from saemill.common.durable import folder_bytes
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.stores.activations import ActivationStore
 from saemill.convert_store import run as convert
 from saemill.convert_store.config import ConvertConfig
+from saemill.convert_store.plan import make_plan, outlook_of
 from saemill.show import problems
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -175,3 +177,22 @@ def test_values_beyond_fp16_are_refused(tmp_path: Path) -> None:
     source = make_store(tmp_path, n_rows=4, ctx_len=16, d=3, shard_tokens=32, values_TD=values_TD)
     with pytest.raises(Exception, match=r"1 values of 1 tokens .* a, shard 1; fp16 ends at 65,504"):
         converted(source.path, tmp_path / "out", dtype="fp16")
+
+
+@pytest.mark.parametrize("name", ["fp16 zstd", "int8"])
+def test_a_dry_run_tells_what_is_written(name: str, source: ActivationStore, tmp_path: Path) -> None:
+    """Oracle: the bytes on the disk afterwards, to a tenth, and to the byte for shards that are not
+    compressed; the dry run leaves nothing, and of a store that is there nothing is left to write."""
+    config = ConvertConfig(source=source.path, out=tmp_path / "store", **FORMS[name])
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in FORMS[name].items()]
+    told = call("convert-store", source.path, config.out, *flags, "--dry-run")
+    assert not config.out.exists()
+    outlook = outlook_of(make_plan(config), config.out)
+    assert "\n".join(outlook.lines()) in told
+    store = convert.run(config)
+    shards = {site: sum(f.stat().st_size for f in (store.path / site).glob("c/*/0")) for site in "ab"}
+    assert {site: outlook.disk[site] for site in "ab"} == pytest.approx(
+        shards, rel=0.1 if "zstd" in name else 0
+    )
+    assert outlook.disk_bytes == pytest.approx(folder_bytes(store.path), rel=0.1)
+    assert outlook_of(make_plan(config), config.out).disk_bytes == 0
