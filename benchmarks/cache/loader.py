@@ -10,6 +10,9 @@ and dropped from the page cache (`fsync`, `posix_fadvise(POSIX_FADV_DONTNEED)`) 
 disk with a cache of its own, as that of a virtual machine, may still answer from there. Warm: all shards were
 read just before. Whether a read came from the disk is told by Linux's count of bytes fetched.
 
+Waiting: a trainer that does nothing for 10 ms after each batch, how long the next one takes, and the memory
+that the loader adds to the process's peak, beside the two windows that it is to hold.
+
 Mixing: how many other rows of a batch are of a row's own document, and how many of the next batch; how many
 documents a batch has; and χ² of the places of its rows in their documents, per degree of freedom, which is
 1 where they are drawn at random. The result is `DIR/results.md`, raw figures in `DIR/results.json`.
@@ -39,6 +42,7 @@ from benchmarks.cache import mixing
 from benchmarks.cache import store as stores
 from benchmarks.cache.store import DOCUMENT_TOKENS, NOTHING_LEFT_OUT, SITE
 from benchmarks.report import machine, table
+from saemill.common.outlook import process_bytes
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.forms.packing import BLOCK_TOKENS
 from saemill.common.stores.permutation import permutation
@@ -53,6 +57,8 @@ PIECE_ROWS = 4096
 """Rows per plain read."""
 N_WINDOWS = 3
 """Windows of which the loader's work is timed."""
+STEP_SECONDS = 0.01
+"""What a trainer does with a batch, while it is timed how long it waits for them."""
 GIB = 2**30
 
 
@@ -151,6 +157,29 @@ def loaded(task: Task) -> Measured:
     """Read an epoch of batches from the loader."""
     with closing(loader_of(task)) as loader:
         return timed(epoch(loader))
+
+
+def paced(task: Task) -> dict[str, float]:
+    """Read an epoch as a trainer does that takes `STEP_SECONDS` for a batch: how long it waits for batches
+    after the first, and by how much the loader raises the process's peak of memory."""
+    with closing(loader_of(task)) as loader:
+        before, batches, waits = process_bytes(), epoch(loader), []
+        while True:
+            start = time.perf_counter()
+            if next(batches, None) is None:
+                break
+            waits.append(time.perf_counter() - start)
+            time.sleep(STEP_SECONDS)
+        n_bytes = process_bytes() - before
+    windows = 2 * task.buffer_tokens * loader.sites[SITE].columns * 2
+    return {
+        "first_s": waits[0],
+        "median_s": statistics.median(waits[1:]),
+        "mean_s": statistics.mean(waits[1:]),
+        "most_s": max(waits[1:]),
+        "bytes": n_bytes,
+        "share_of_windows": n_bytes / windows,
+    }
 
 
 def mixed(task: Task) -> dict[str, dict[str, float]]:
@@ -257,9 +286,32 @@ def measure(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     return {
         "bytes": n_bytes,
         "passes": passes,
+        "paced": _paced(path, task),
         "parts": alone(work_seconds, task),
         "mixing": alone(mixed, task),
     }
+
+
+def _paced(path: Path, task: Task) -> dict[str, dict[str, float]]:
+    """Measure a trainer's waits from the disk and from the page cache."""
+    evict(path)
+    return {cache: alone(paced, task) for cache in ("cold", "warm")}
+
+
+def paced_table(results: dict[str, Any]) -> list[str]:
+    """Render what a trainer waits for, and the memory."""
+    rows = [
+        [
+            cache,
+            f"{found['first_s']:.2f}",
+            *(f"{1000 * found[key]:.2f}" for key in ("median_s", "mean_s", "most_s")),
+            f"{found['bytes'] / GIB:.2f}",
+            f"{found['share_of_windows']:.2f}",
+        ]
+        for cache, found in results["paced"].items()
+    ]
+    head = ["page cache", "s to the first batch", "ms per batch, median", "mean", "most"]
+    return table([*head, "peak of memory, GiB", "÷ two windows"], rows, 1)
 
 
 def speed_table(args: argparse.Namespace, results: dict[str, Any]) -> list[str]:
@@ -319,6 +371,8 @@ def report(args: argparse.Namespace, results: dict[str, Any]) -> list[str]:
         "",
     ]
     lines += speed_table(args, results)
+    lines += [f"A trainer that takes {1000 * STEP_SECONDS:.0f} ms for a batch, one reader, waits:", ""]
+    lines += paced_table(results)
     rows = [[name, f"{seconds:.2f}"] for name, seconds in results["parts"].items()]
     lines += table(["the loader's work on a warm window, one thread", "CPU-s per GiB"], rows, 1)
     return lines + mixing_table(results)
