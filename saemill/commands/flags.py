@@ -190,6 +190,7 @@ def _parameter(name: str, configs: Any, item: Flag) -> inspect.Parameter:
     text = text if item.help is None else item.help
     by_default = by_default if item.by_default is None else item.by_default
     text = f"{text} [{by_default}]." if by_default else f"{text}."
+    text = text.replace("*", r"\*")  # a setting's text is no markdown, and help is
     if item.is_argument:
         info = typer.Argument(help=text)
     else:

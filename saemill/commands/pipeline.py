@@ -141,6 +141,7 @@ def train(config: TrainConfig) -> None:
     checkpoint and exits with code 75; the same command continues.
 
     Example: `saemill train acts --site layers.4 --k 16,32,64 --expansion-factor 8,32 -o runs/first`
+
     Example: `saemill train acts --architecture topk,batchtopk,jumprelu --k 32 --target-l0 32 -o runs/mixed`
     """
     from saemill.train.run import run

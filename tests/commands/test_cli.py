@@ -183,3 +183,13 @@ def test_every_help_reads(command: str | None) -> None:
     if command:
         assert COMMANDS[command].help
         assert all(p.help for p in COMMANDS[command].params if p.param_type_name == "option")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_shown_as_it_is_written(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the flags' own texts; typer's help is markdown, in which an asterisk is none."""
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 2000)
+    shown = " ".join(CliRunner().invoke(cli.app, [command, "--help"]).output.split())
+    for parameter in COMMANDS[command].params:
+        if parameter.help and not getattr(parameter, "hidden", False):
+            assert re.sub(r"[`\\]", "", " ".join(parameter.help.split())) in shown
