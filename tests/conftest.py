@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from interpreting import interpret
@@ -20,6 +21,10 @@ from texts import random_texts
 
 from saemill.common.stores import objects
 from saemill.demo import MODEL
+
+# A busy machine changes nothing: no example has to end within a time.
+hypothesis.settings.register_profile("saemill", deadline=None)
+hypothesis.settings.load_profile("saemill")
 
 LONGEST = (
     "demo", "placement", "contract", "kernels_compile", "slurm", "push", "push_refused", "others",

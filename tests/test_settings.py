@@ -314,7 +314,7 @@ def check_file(file: Path) -> None:
         assert len(tried(kind, {**LEAST[kind], **content})[1]) < 5000
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.dictionaries(st.sampled_from(SECTIONS), values, min_size=1, max_size=3))
 def test_only_our_errors_come_out_of_values(tmp_path_factory: pytest.TempPathFactory, content: Any) -> None:
     """Oracle: the kinds of exceptions; PyYAML writes what is then read."""
@@ -323,7 +323,7 @@ def test_only_our_errors_come_out_of_values(tmp_path_factory: pytest.TempPathFac
     check_file(file)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     st.binary(max_size=60) | st.text("{}[]:,&*!?|>-'\"\n #%@`<ab01.~", max_size=40).map(str.encode),
     st.booleans(),

@@ -232,7 +232,7 @@ def test_verify_names_each_bad_shard_of_an_activation_store(copied: Path) -> Non
         "layers.1 shard 1: content differs from its hash",
     ]
     assert "saemill cache" in result.stdout.splitlines()[-1]
-    assert "of 3 shards of" in str(saemill("show", copied).exception)
+    assert "of 3 shards are damaged" in str(saemill("show", copied).exception)
 
 
 def test_a_stores_damaged_tokens_are_told_with_the_command_that_helps(copied: Path) -> None:

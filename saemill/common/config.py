@@ -278,8 +278,13 @@ def _coerce_scalar(value: Any, hint: Any, name: str) -> Any:
             return _nameable(str(value), name)
         if hint is Path and isinstance(value, str | Path) and str(value) != "":
             path = Path(_nameable(str(value), name))
-            if all(len(os.fsencode(name)) <= LONGEST_NAME_BYTES for name in path.parts):
-                return path
+            for part in path.parts:
+                if (n_bytes := len(os.fsencode(part))) > LONGEST_NAME_BYTES:
+                    raise ConfigError(
+                        f"{name}: a name in a path has at most {LONGEST_NAME_BYTES} bytes, and {shown(part)} "
+                        f"has {n_bytes:,}; choose a shorter one"
+                    )
+            return path
     except ConfigError:
         raise
     except (ValueError, KeyError, OverflowError):

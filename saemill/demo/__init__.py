@@ -21,21 +21,21 @@ from saemill.train.run import run as train
 FOLDER = Path(str(files("saemill.demo")))
 MODEL = FOLDER / "model"
 TEXT = FOLDER / "gutenberg-sample.jsonl.gz"
+SETTINGS = FOLDER / "demo.yaml"
 
 
 def run(out: Path) -> None:
-    """Tokenize, cache, train and assess below `out`, by the settings in `demo.yaml`."""
+    """Tokenize, cache, train and assess below `out`, by `SETTINGS`."""
     started = time.perf_counter()
-    config = FOLDER / "demo.yaml"
     tokens, acts, trained = out / "tokens", out / "acts", out / "run"
     say("1. tokenize: 7 novels into rows of 256 tokens")
     flags = {"dataset": str(TEXT), "tokenizer": str(MODEL), "out": tokens}
-    tokenize(resolve(TokenizeConfig, "tokenize", flags, config))
+    tokenize(resolve(TokenizeConfig, "tokenize", flags, SETTINGS))
     say("\n2. cache: one forward pass of a 4-layer GPT-NeoX, the residual stream after block 2")
-    cache(resolve(CacheConfig, "cache", {"tokens": tokens, "model": str(MODEL), "out": acts}, config))
+    cache(resolve(CacheConfig, "cache", {"tokens": tokens, "model": str(MODEL), "out": acts}, SETTINGS))
     say("\n3. train: six SAEs at once over one stream")
-    train(resolve(TrainConfig, "train", {"acts": acts, "out": trained}, config))
+    train(resolve(TrainConfig, "train", {"acts": acts, "out": trained}, SETTINGS))
     say("\n4. assess: on documents that training never saw")
-    assess(resolve(AssessConfig, "assess", {"run": trained}, config))
+    assess(resolve(AssessConfig, "assess", {"run": trained}, SETTINGS))
     say("\n" + contexts_text(features.load(trained), n_latents=5, n_contexts=4))
     say(f"\nReport: {trained / REPORT}. All in {duration(time.perf_counter() - started)}.")

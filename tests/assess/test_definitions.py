@@ -143,7 +143,7 @@ def test_too_few_documents_have_no_interval() -> None:
     assert figure["reason"] == "only 3 documents; an interval needs 30"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.integers(0, 5), st.floats(-10, 10)), min_size=1, max_size=40), st.integers(1, 7))
 def test_document_sums_do_not_depend_on_chunks(tokens: list[tuple[int, float]], size: int) -> None:
     """Oracle: a dictionary of sums."""

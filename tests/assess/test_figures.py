@@ -77,7 +77,7 @@ def test_controls_do_not_depend_on_the_scale(tmp_path: Path, scale: float) -> No
         torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-3)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 30), st.integers(0, 9), st.integers(1, 9), st.sampled_from([0.0, 1e9]))
 def test_the_spread_does_not_depend_on_chunks(n: int, seed: int, size: int, offset: float) -> None:
     """Oracle: numpy's sums around the means of all, of near and of far rows, far from the cached mean."""

@@ -62,7 +62,7 @@ def test_every_stored_type_rounds_the_same_values(
 
 
 @given(st.tuples(st.integers(0, N_ROWS * CTX_LEN), st.integers(0, N_ROWS * CTX_LEN)).map(sorted))
-@hypothesis_settings(deadline=None, max_examples=60)
+@hypothesis_settings(max_examples=60)
 def test_any_range_is_read_in_address_order(
     made: ActivationStore, truth: dict[str, Tensor], ends: list[int]
 ) -> None:

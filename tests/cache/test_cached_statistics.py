@@ -140,7 +140,7 @@ def test_a_shard_without_training_positions_adds_nothing(
     sigmas=st.sampled_from([0.0, 1.0, 100.0, 1e4]),
     n=st.integers(1, 500),
 )
-@hypothesis_settings(deadline=None, max_examples=60)
+@hypothesis_settings(max_examples=60)
 def test_moments_of_parts_are_those_of_the_whole(seed: int, cuts: list[int], sigmas: float, n: int) -> None:
     """Oracle: numpy's two passes in float64 over all rows, the mean many sigma from zero."""
     rows = np.random.default_rng(seed).normal(size=(n, 3)) + sigmas * np.array([1.0, -1.0, 0.5])

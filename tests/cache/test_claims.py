@@ -96,7 +96,7 @@ STEPS = st.lists(
 
 
 @given(STEPS)
-@hypothesis_settings(deadline=None, max_examples=40)
+@hypothesis_settings(max_examples=40)
 def test_any_order_of_taking_releasing_and_dying(steps: list[tuple[str, int]]) -> None:
     """Oracle: a variable that says who holds the claim; a dead one holds nothing."""
     with tempfile.TemporaryDirectory() as folder:

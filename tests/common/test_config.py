@@ -304,6 +304,7 @@ def test_check_same_names_differing_keys() -> None:
 
 texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
 words = texts.filter(bool).filter(lambda text: text not in ("none", "null"))
+names = words.filter(lambda text: len(text.encode()) <= config.LONGEST_NAME_BYTES)
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 integers = st.integers(-config.LARGEST, config.LARGEST)
 inners = st.builds(Inner, depth=integers, rate=numbers)
@@ -312,7 +313,7 @@ any_settings = st.builds(
     name=texts, n=integers, ratio=numbers, flag=st.booleans(), names=st.lists(words).map(tuple),
     sizes=st.lists(integers).map(tuple), rates=st.lists(st.just("auto") | numbers).map(tuple),
     kind=st.sampled_from(["first", "second"]), limit=st.none() | integers, label=st.none() | words,
-    out=words.map(Path), inner=inners, maybe=st.none() | inners,
+    out=names.map(Path), inner=inners, maybe=st.none() | inners,
 )  # fmt: skip
 
 
@@ -322,6 +323,13 @@ def test_written_yaml_reads_back(settings: Settings, tmp_path_factory: pytest.Te
     file = tmp_path_factory.getbasetemp() / "resolved.yaml"
     file.write_bytes(as_yaml("train", plain(settings)))
     assert resolve(Settings, "train", {}, file) == settings
+
+
+def test_a_name_that_no_disk_takes_is_refused() -> None:
+    """Oracle: 255 bytes, of which é takes two."""
+    assert made(out="a/" + "é" * 127 + "b").out == Path("a/" + "é" * 127 + "b")
+    with pytest.raises(ConfigError, match=r"at most 255 bytes, and 'é+… .* has 256; choose a shorter one"):
+        made(out="a/" + "é" * 128)
 
 
 def test_plain_is_yaml() -> None:

@@ -43,7 +43,7 @@ def test_a_record_comes_back(tmp_path: Path) -> None:
     assert records.read(tmp_path / "r.json", Example, REPAIR) == WHOLE
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_any_changed_byte_is_found(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Oracle: the record that was written: it comes back, or an error that names the file does."""

@@ -97,7 +97,7 @@ FORMATS: list[Callable[[Floats, Path], tuple[Path, dict[str, Any]]]] = [
 
 
 @pytest.mark.parametrize("write", FORMATS)
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     n=st.integers(1, 40),
     d=st.integers(1, 6),

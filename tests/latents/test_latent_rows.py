@@ -24,7 +24,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
     return make_store(tmp_path_factory.mktemp("rows"), n_rows=40, ctx_len=12, d=2, shard_tokens=60)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     ctx=st.sampled_from([None, 1, 3, 4, 12]), held_out=st.booleans(), max_tokens=st.integers(1, 600),
     first=st.integers(0, 3), limit=st.none() | st.integers(1, 300),
@@ -61,7 +61,7 @@ def test_rows_that_cannot_be_cut(store: ActivationStore) -> None:
         Rows(store, MaskConfig(), 100, 5, False)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(st.integers(0, 99), st.integers(0, 30)), unique=True),
     st.sets(st.integers(0, 30), min_size=1),
@@ -88,7 +88,7 @@ def test_each_part_has_its_latents_codes(
     assert not list(Path(codes.folder).iterdir())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @example([1.0, 2.0, 3.0, 4.0, 5.0], 1)
 @given(st.lists(st.floats(2**-13, 8, width=32), min_size=1, max_size=60), st.integers(1, 9))
 def test_intervals_have_every_activation_once(acts: list[float], ctx: int) -> None:

@@ -192,7 +192,7 @@ def test_what_cannot_be_written_out(tmp_path: Path, tokenizer_folder: str) -> No
 TEXT = st.text(st.characters(exclude_categories=("Cs", "Cn")), min_size=1, max_size=12)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.sampled_from(["user", "assistant", "system"]), TEXT), min_size=1, max_size=5))
 def test_any_words_are_found_where_they_stand(gpt: Any, said: list[tuple[str, str]]) -> None:
     """Oracle: the words themselves, in the order in which they were said; none lies within another."""
@@ -203,7 +203,6 @@ def test_any_words_are_found_where_they_stand(gpt: Any, said: list[tuple[str, st
     assert all(a[1] <= b[0] for a, b in zip(written.spans, written.spans[1:], strict=False))
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 3), min_size=4, max_size=4), min_size=1, max_size=6), st.data())
 def test_spans_are_the_roles_that_were_added(rows: list[list[int]], data: st.DataObject) -> None:
     """Oracle: the roles themselves, at any addresses, also of a store's first rows."""

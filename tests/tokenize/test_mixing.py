@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from command_line import call
 from crashes import file_hashes
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from packing import jsonl
 from texts import random_texts
@@ -208,7 +208,6 @@ def test_texts_and_rows_of_ids_do_not_mix(
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=30)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(LENGTHS, st.floats(0.01, 10)), min_size=2, max_size=4))
 def test_every_source_is_within_a_document_of_its_share(sources: list[tuple[list[int], float]]) -> None:
     """Oracle: the definition, after every document: tokens per share differ by a document's at most."""

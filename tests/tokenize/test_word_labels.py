@@ -48,7 +48,7 @@ def encoders(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) ->
     return [encoder_of(tokenizer_folder), encoder_of(bert_tokenizer(tmp_path_factory.mktemp("bert")))]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(spaces, words, st.sampled_from(["A", "B", "_", None])), max_size=8), spaces)
 def test_a_token_has_the_label_of_its_first_character(
     encoders: list[Encoder], parts: list[tuple[str, str, str | None]], end: str

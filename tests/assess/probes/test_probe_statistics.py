@@ -27,7 +27,7 @@ def grouped(seed: int, n_groups: int = 60, each: int = 6) -> tuple[np.ndarray, n
     return score, y, group
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=2, max_size=40))
 def test_the_area_is_that_of_scikit_learn(pairs: list[tuple[int, bool]]) -> None:
     """Oracle: roc_auc_score, with many ties; influences of all groups add up to nothing."""
@@ -96,7 +96,7 @@ def test_a_fit_is_that_of_scikit_learn() -> None:
     assert probe.weight_D[5] == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=30))
 def test_the_threshold_is_the_best_of_all(pairs: list[tuple[int, bool]]) -> None:
     """Oracle: f1_score of every threshold."""

@@ -11,7 +11,7 @@ import torch
 import yaml
 from command_line import call
 from hub import Hub
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from layered import whole_decoder, whole_encoder
 from peers import require_peers, run_in_peers
@@ -46,7 +46,6 @@ def densely(sae: Sae, x_TD: Tensor) -> tuple[Tensor, Tensor]:
     return codes, codes @ whole_decoder(sae.W_dec.double(), n) + sae.b_dec.double()
 
 
-@settings(deadline=None)
 @given(n_layers=st.integers(2, 5), each=st.integers(1, 4), width=st.integers(1, 3))
 def test_weights_and_whole_matrices_are_the_same(n_layers: int, each: int, width: int) -> None:
     """Oracle: whole matrices, row by row; codes in slots, in any order, some unused."""

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from saemill.common.sae.topk import topk
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.integers(1, 9),
     st.integers(1, 3000),

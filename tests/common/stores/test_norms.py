@@ -35,7 +35,7 @@ def exact(x_TD: torch.Tensor) -> NDArray[np.float64]:
     scale=st.sampled_from([1e-30, 1e-3, 1.0, 1e30]),
     kind=st.sampled_from([torch.bfloat16, torch.float32]),
 )
-@hypothesis_settings(deadline=None, max_examples=60)
+@hypothesis_settings(max_examples=60)
 def test_norms_and_median_are_within_a_250th(seed: int, n: int, scale: float, kind: torch.dtype) -> None:
     """Oracle: numpy's norms in float64 of the same stored rows, and the middle one of them, sorted."""
     x_TD = rows_of(seed, n, scale, kind)
@@ -58,7 +58,7 @@ def test_norms_and_median_are_within_a_250th(seed: int, n: int, scale: float, ki
     cuts=st.lists(st.integers(0, 200), max_size=5),
     order=st.randoms(use_true_random=False),
 )
-@hypothesis_settings(deadline=None, max_examples=60)
+@hypothesis_settings(max_examples=60)
 def test_sketches_of_parts_merge_in_any_order(bits: list[int], cuts: list[int], order: object) -> None:
     """Oracle: the sketch of all rows at once; written as JSON and read in between."""
     every = np.array(bits, np.uint16)

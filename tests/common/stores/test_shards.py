@@ -69,7 +69,7 @@ def array(tmp_path: Path) -> ShardedArray:
     return write(tmp_path / "a", rows, 4, torch.float32)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shapes, st.sampled_from(DTYPES), st.integers(0, 2**32))
 def test_every_reader_reads_the_same(shape: tuple[int, int, int], dtype: torch.dtype, seed: int) -> None:
     """Oracle: the rows that were written, read back by zarr-python, tensorstore and ShardedArray."""
@@ -88,7 +88,7 @@ def test_every_reader_reads_the_same(shape: tuple[int, int, int], dtype: torch.d
         assert zarr.open_array(str(path), mode="r").attrs["note"] == "x"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shapes, st.sampled_from(DTYPES), st.integers(0, 2**32))
 def test_chunk_files_are_raw(shape: tuple[int, int, int], dtype: torch.dtype, seed: int) -> None:
     """Oracle: each file holds its rows' bytes from offset 0 and then zeros up to a full shard."""
@@ -107,7 +107,7 @@ def test_chunk_files_are_raw(shape: tuple[int, int, int], dtype: torch.dtype, se
             assert array.problem(i) is None
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(first=st.integers(0, 10), second=st.integers(0, 10))
 def test_read_any_rows(array: ShardedArray, first: int, second: int) -> None:
     """Oracle: numpy slices of the rows; the copy can be written to."""

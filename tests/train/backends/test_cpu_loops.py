@@ -32,7 +32,7 @@ def read(rows: Quantised) -> Tensor:
     return rows.codes_ND.double() * rows.step_N[:, None].double()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 300), st.sampled_from(DTYPES), st.integers(0, 999))
 def test_quantised_rows_keep_their_products(d: int, dtype: torch.dtype, seed: int) -> None:
     """Oracle: products of the rows in float64; a rotation keeps them, and the rounding moves them by no
@@ -89,7 +89,7 @@ def test_errors_of_scores_are_normal_with_the_stated_deviation(kind: str) -> Non
     assert error.abs().max() < 6.5
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 40),
     st.integers(1, 90),
@@ -130,7 +130,7 @@ def test_codes_are_those_of_the_whole_product(
             assert len(set(active)) == len(active)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 30), st.integers(1, 300), st.integers(1, 400), st.sampled_from(DTYPES),
     st.sampled_from(["plain", "alike", "far", "zero tokens"]), st.integers(0, 99),
@@ -173,7 +173,7 @@ def test_all_above_their_floors_are_found(
                 assert len(set(row[:n].tolist())) == n
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 20), st.integers(1, 40), st.integers(1, 30), st.integers(1, 4), st.integers(0, 99))
 def test_errors_of_groups_are_those_of_torch(t: int, d: int, k: int, n_groups: int, seed: int) -> None:
     """Oracle: dense products in float32: each group's error, and the weighted sum over those that hold it."""
@@ -203,7 +203,7 @@ def test_errors_of_groups_are_those_of_torch(t: int, d: int, k: int, n_groups: i
         torch.testing.assert_close(dot_TK[in_group], dots[in_group], rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 50), st.integers(1, 13), st.integers(0, 99))
 def test_residuals_are_those_of_torch(t: int, d: int, f: int, k: int, seed: int) -> None:
     """Oracle: dense products in float32; in bfloat16 the error is its nearest, and the rest of it."""
@@ -277,7 +277,7 @@ def test_gradients_are_those_of_torch(dtype: torch.dtype) -> None:
         torch.testing.assert_close(grad_dec, dec_FD[block], rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.integers(1, 20), st.integers(1, 400), st.integers(1, 400), st.sampled_from(DTYPES), st.booleans(),
     st.integers(0, 99),
@@ -306,7 +306,7 @@ def test_largest_and_magnitude(others: list[float]) -> None:
     assert np.isnan(magnitude(np.append(row, -np.float32(np.nan))))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 300), st.integers(0, 300), st.sampled_from(DTYPES), st.integers(0, 99))
 def test_gradients_of_inactive_latents_are_0(t: int, s: int, dtype: torch.dtype, seed: int) -> None:
     """Oracle: a product with where they are active; with pieces of a few columns too, bit by bit."""

@@ -34,7 +34,7 @@ def parts_of(calibration: Calibration) -> tuple[NDArray[np.float32], NDArray[np.
 
 
 @given(shapes)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_codes_are_decoded_as_the_format_says(shape: tuple[int, int, int]) -> None:
     """Oracle: code · step · scale + mean in numpy's float32, bit by bit; by torch too, as on a GPU."""
     n, width, seed = shape
@@ -52,7 +52,7 @@ def test_codes_are_decoded_as_the_format_says(shape: tuple[int, int, int]) -> No
 
 
 @given(shapes)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_no_value_is_further_off_than_half_a_step(shape: tuple[int, int, int]) -> None:
     """Oracle: the half step of each row, a 254th of its largest z, times the dimension's scale; in float64.
     What the subtraction of the mean costs in float32 is allowed for."""

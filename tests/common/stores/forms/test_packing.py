@@ -56,7 +56,7 @@ def with_tensorstore(path: Path) -> NDArray[np.generic]:
     by=st.sampled_from(["lz4", "zstd"]),
     seed=st.integers(0, 2**32),
 )
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_every_reader_reads_the_same(
     shape: tuple[int, int, int], dtype: torch.dtype, by: str, seed: int
 ) -> None:
