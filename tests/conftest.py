@@ -27,9 +27,9 @@ hypothesis.settings.register_profile("saemill", deadline=None)
 hypothesis.settings.load_profile("saemill")
 
 LONGEST = (
-    "demo", "placement", "contract", "kernels_compile", "slurm", "push", "push_refused", "others",
-    "kernels", "tutorial", "rows_of_ids", "assess_processes", "workers", "run_folder", "matrix", "run",
-    "train", "sources", "cache_damaged", "wandb", "settings",
+    "placement", "demo", "tutorial", "slurm", "contract", "assess_processes", "workers", "cache_damaged",
+    "together", "quality", "kernels_compile", "planned", "run", "buckets", "halving", "train_transcoders",
+    "held_out", "members", "others", "wandb", "assess", "probed_runs", "train", "matrix", "push",
 )  # fmt: skip
 """Names of files, that of the longest first, as a run of all on two cores took."""
 
