@@ -115,24 +115,6 @@ def stage_command(
     return decorate
 
 
-def told_command(
-    cls: Any, section: str, *flags: str | Flag
-) -> Callable[[Callable[[Any, bool], None]], Callable[..., None]]:
-    """Give a command flags as `command` does, and --dry-run, with which it only tells what it would do."""
-
-    def decorate(function: Callable[[Any, bool], None]) -> Callable[..., None]:
-        @with_flags(cls, *flags)
-        def called(
-            *, flags: Mapping[str, Any], config: Config = None, set_: Sets = None, dry_run: DryRun = False
-        ) -> None:
-            function(resolve(cls, section, flags, config, set_ or ()), dry_run)
-
-        called.__name__, called.__doc__ = function.__name__, function.__doc__
-        return called
-
-    return decorate
-
-
 def is_planned(dry_run: bool, no_probe: bool) -> bool:
     """Tell whether a command is to be planned only.
 

@@ -1,12 +1,14 @@
 """Stores on disk: show, verify, convert-store."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from saemill.commands.flags import argument, option, told_command
+from saemill.commands.flags import Config, DryRun, Sets, argument, option, with_flags
 from saemill.common.addresses import named
+from saemill.common.config import resolve
 from saemill.convert_store.config import ConvertConfig
 
 
@@ -66,14 +68,10 @@ def verify(
         raise typer.Exit(1)
 
 
-@told_command(
-    ConvertConfig,
-    "convert-store",
-    argument("source"),
-    argument("out"),
-    *("dtype", "compression", "shard_tokens"),
-)
-def convert_store(config: ConvertConfig, dry_run: bool) -> None:
+@with_flags(ConvertConfig, argument("source"), argument("out"), "dtype", "compression", "shard_tokens")
+def convert_store(
+    *, flags: Mapping[str, Any], config: Config = None, set_: Sets = None, dry_run: DryRun = False
+) -> None:
     """Write a store's activations again in another form: type, compression, size of shards.
 
     Another compression or other shards change no activation; another type rounds. Killed at any moment, the
@@ -83,12 +81,13 @@ def convert_store(config: ConvertConfig, dry_run: bool) -> None:
 
     Example: `saemill convert-store acts half --dtype int8`
     """
+    settings = resolve(ConvertConfig, "convert-store", flags, config, set_ or ())
     if dry_run:
         from saemill.common.outlook import tell
         from saemill.convert_store.plan import make_plan, outlook_of
 
-        tell(outlook_of(make_plan(config), config.out))
+        tell(outlook_of(make_plan(settings), settings.out))
         return
     from saemill.convert_store.run import run
 
-    run(config)
+    run(settings)

@@ -16,7 +16,7 @@ from saemill.common import records
 from saemill.common.addresses import naming
 from saemill.common.errors import StoreError
 from saemill.common.log import counted, progress, say
-from saemill.common.outlook import Before, tell
+from saemill.common.outlook import tell
 from saemill.common.signals import stop_on_signal
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.passages import PassageStore
@@ -29,14 +29,10 @@ from saemill.convert_store.plan import Plan, make_plan, outlook_of
 from saemill.convert_store.rows import Addressed, stored_again
 
 
-def run(config: ConvertConfig, before: Before = tell) -> ActivationStore:
+def run(config: ConvertConfig) -> ActivationStore:
     """Write the finished sites of a store to `config.out`, in another form.
 
     A store that is there already, begun by the same call, is finished or mended.
-
-    Args:
-        config: the settings.
-        before: called when all is checked, before anything is written.
 
     Raises:
         ConfigError: the form is the source's own, the output holds another store, or too little disk.
@@ -46,7 +42,7 @@ def run(config: ConvertConfig, before: Before = tell) -> ActivationStore:
     """
     speak_for(World.here())
     plan = make_plan(config)
-    before(outlook_of(plan, config.out))
+    tell(outlook_of(plan, config.out))
     with (
         stop_on_signal() as stop,
         naming(plan.source.path, plan.source.named),
