@@ -1,9 +1,10 @@
 """`saemill show` and `saemill verify`: what a folder holds, and whether it is whole."""
 
+import re
 from pathlib import Path
 
 from saemill.common import hub
-from saemill.common.addresses import address_of
+from saemill.common.addresses import address_of, named
 from saemill.common.errors import StoreError
 from saemill.common.log import counted
 from saemill.common.sae import formats
@@ -12,11 +13,20 @@ from saemill.common.sae.parts import place
 from saemill.common.stores import assessments, diffs, mirror, runs, tokens
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.passages import PassageStore
-from saemill.common.stores.site_records import REPAIR, site_path, sites_in
+from saemill.common.stores.site_records import (
+    EMBEDDINGS,
+    IN_MEMORY,
+    REPAIR,
+    known_settings,
+    site_path,
+    sites_in,
+)
 from saemill.common.stores.tokens import TokenStore
 from saemill.common.stores.word_labels import WordLabels
 from saemill.verify import activations_problems, diff_problems, run_problems, tokens_problems
 
+SHARD = re.compile(r"\S+ shard \d+: ")
+"""What a line on a damaged shard begins with."""
 MOST_NAMES = 20
 """Most labels of a column that are named in a line."""
 
@@ -229,9 +239,22 @@ def problems(path: Path) -> list[str]:
     elif kind == "diff":
         return [*run_problems(path / diffs.RUN), *diff_problems(path)]
     elif kind == "activation store":
-        lines, repair = activations_problems(path), REPAIR
+        lines = activations_problems(path)
+        repair = _repair(path, lines)
     else:
         raise StoreError(f"{path} is no token store, activation store, run, SAE or diff{hint(path)}")
     if address := address_of(path):  # of which the files here are a mirror
         lines = [line.replace(str(mirror.folder_of(address)), address) for line in lines]
     return [*lines, repair] if lines else []
+
+
+def _repair(path: Path, lines: list[str]) -> str:
+    """Choose the repair of an activation store. Where nothing but shards is damaged, those that a model
+    computed are computed again."""
+    settings = known_settings(mirror.opened(path)[0])
+    if settings is None or settings.kind == EMBEDDINGS or settings.converted_from:
+        return REPAIR
+    if not all(SHARD.match(line) for line in lines):
+        return REPAIR
+    model = " --model FOLDER" if (settings.model or "").endswith(IN_MEMORY) else ""
+    return f"`saemill verify {named(path)} --repair{model}` computes the bad shards again, to the same bytes."

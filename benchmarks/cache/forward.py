@@ -9,9 +9,9 @@ weights: products take as long as those of trained ones.
 The bare pass is transformers' alone: the model without its head, cut off after the last block that is
 cached, nothing kept. `saemill cache` writes the residual stream after one block, after three, and after all
 of them, in bf16; its start counts, but for loading the model. SAELens' `CacheActivationsRunner` writes the
-same single block in fp32, since Arrow has no bf16, with TransformerLens' model (its default; of GPT-NeoX
-only) and with transformers'; its start does not count. All run with one thread and take turns; the best of
-each counts, in tokens per second of CPU time, which other programs disturb less.
+same single block in fp32, since Arrow has no bf16, with TransformerLens' model (its default) and with
+transformers'; its start does not count. It takes part where the model is a GPT-NeoX. All run with one thread
+and take turns; the best of each counts, in tokens per second of CPU time, which other programs disturb less.
 """
 
 import argparse
@@ -101,7 +101,7 @@ def cache_seconds(args: argparse.Namespace, store: TokenStore, dtype: str, sites
     folder = Path(tempfile.mkdtemp(dir=args.out))
     config = CacheConfig(
         tokens=store.path, model=args.model, out=folder / "acts", sites=tuple(sites), batch_size=BATCH_ROWS,
-        device="cpu", model_dtype=dtype,  # type: ignore[arg-type]
+        device="cpu", shard_tokens=args.shard_tokens, model_dtype=dtype,  # type: ignore[arg-type]
     )  # fmt: skip
     start = time.process_time()
     LanguageModel(args.model, revision=None, dtype=DTYPES[dtype], device=torch.device("cpu"))
@@ -137,6 +137,8 @@ def measure(args: argparse.Namespace, store: TokenStore) -> dict[str, dict[str, 
     third = len(blocks) // 3
     wanted = {"1": blocks[2 * third : 2 * third + 1], "3": blocks[third - 1 :: third][:3], "all": blocks}
     seconds: dict[tuple[str, str], list[float]] = {}
+    is_neox = transformers.AutoConfig.from_pretrained(args.model).model_type == "gpt_neox"
+    peers = SAELENS if is_neox and args.peers_python.exists() else ()
     for turn in range(args.rounds):
         for dtype in args.dtypes:
             for what, sites in wanted.items():
@@ -148,7 +150,7 @@ def measure(args: argparse.Namespace, store: TokenStore) -> dict[str, dict[str, 
                 ):
                     seconds.setdefault((row, who), []).append(took())
                     print(turn, row, who, round(store.n_tokens / seconds[row, who][-1]), flush=True)
-            for by in SAELENS if args.peers_python.exists() else ():
+            for by in peers:
                 row = f"1 of {len(blocks)} blocks, {dtype}"
                 took_seconds = saelens_seconds(args, store, dtype, wanted["1"][0], by)
                 seconds.setdefault((row, f"SAELens, {by}"), []).append(took_seconds)
@@ -169,6 +171,12 @@ def main() -> None:
     parser.add_argument("--dtypes", type=lambda text: text.split(","), default=list(DTYPES))
     parser.add_argument("--ctx-len", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, default=131_072)
+    parser.add_argument(
+        "--shard-tokens",
+        type=int,
+        default=16_384,
+        help="of saemill; few, so that memory is used again, as in a long run",
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--peers-python", type=Path, default=OWN_OF_PEERS)
     parser.add_argument("-o", "--out", type=Path, required=True)

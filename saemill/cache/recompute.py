@@ -19,11 +19,12 @@ from saemill.common.addresses import naming
 from saemill.common.errors import ConfigError, StoreError
 from saemill.common.log import counted, progress, say
 from saemill.common.models.cached import how_cached
-from saemill.common.models.model import IN_MEMORY, LanguageModel
+from saemill.common.models.model import LanguageModel
 from saemill.common.signals import stop_on_signal
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.site_records import (
     EMBEDDINGS,
+    IN_MEMORY,
     REPAIR,
     Commit,
     Shard,

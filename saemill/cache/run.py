@@ -25,12 +25,12 @@ from saemill.common.addresses import naming
 from saemill.common.errors import DataError
 from saemill.common.log import counted, say
 from saemill.common.models.cached import how_cached
-from saemill.common.models.model import IN_MEMORY, LanguageModel, fingerprint_weights
+from saemill.common.models.model import LanguageModel, fingerprint_weights
 from saemill.common.models.site_roles import roles_of
 from saemill.common.outlook import Before, tell
 from saemill.common.signals import stop_on_signal
 from saemill.common.stores.activations import ActivationStore
-from saemill.common.stores.site_records import StoreSettings
+from saemill.common.stores.site_records import IN_MEMORY, StoreSettings
 from saemill.common.stores.statistics import warnings
 from saemill.common.weights import check_devices
 from saemill.common.world import World, speak_for

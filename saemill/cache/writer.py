@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from saemill.cache.claims.worker import Claim, Lost, Worker
@@ -19,8 +20,8 @@ from saemill.common.records import decode_array, encode_array
 from saemill.common.stores.activations import ActivationStore, describe_site
 from saemill.common.stores.forms.form import Form
 from saemill.common.stores.forms.int8 import Calibration
-from saemill.common.stores.norms import NormSketch, norms_of
-from saemill.common.stores.rounding import largest, not_finite
+from saemill.common.stores.norms import NormSketch, norms_from_squares
+from saemill.common.stores.rounding import largest
 from saemill.common.stores.shards import ShardedArray, as_numpy
 from saemill.common.stores.site_records import (
     REPAIR,
@@ -114,7 +115,6 @@ class SiteWriter:
             DataError: some value is NaN or infinite.
             Lost: another worker took the shard over; nothing of this one's is in the store.
         """
-        self._check_finite(shard, stored_TC)
         permuted_TC = self._permuted(shard, stored_TC, spare)
         data, record = self.worker.partial(), self.worker.partial()
         try:
@@ -160,21 +160,19 @@ class SiteWriter:
         """Decode stored rows, some at a time: what training will see."""
         return (self.form.decode(rows_TC) for rows_TC in torch.split(stored_TC, ROWS_AT_ONCE))
 
-    def _check_finite(self, shard: int, stored_TC: Tensor) -> None:
+    def _not_finite(self, shard: int, permuted_TC: Tensor) -> DataError:
         """Refuse what the model, or the rounding to the stored type, made NaN or infinite."""
-        bad = [bad_TD for x_TD in self._activations(stored_TC) if (bad_TD := not_finite(x_TD)) is not None]
-        if not bad:
-            return
+        bad = [~torch.isfinite(x_TD) for x_TD in self._activations(permuted_TC)]
         n_bad, n_rows = (sum(int(counts.sum()) for counts in each) for each in (bad, [b.any(1) for b in bad]))
         dtype = self.form.stored
         advice = (
             f"fp16 ends at {largest(dtype):,.0f}: store with --dtype bf16"
-            if dtype is torch.float16 and not bool(stored_TC.isnan().any())
+            if dtype is torch.float16 and not bool(permuted_TC.isnan().any())
             else "the model itself computes them: try --model-dtype fp32"
         )
         if has_shards(self.store.path):
             advice += ", in another folder, as this store has shards already"
-        raise DataError(
+        return DataError(
             f"{n_bad:,} values of {n_rows:,} tokens are NaN or infinite at {self.site.name}, "
             f"shard {shard}; {advice}. The shard was not written; the store keeps its finished ones."
         )
@@ -182,13 +180,20 @@ class SiteWriter:
     def record(
         self, shard: int, permuted_TC: Tensor, n_bytes: int, xxh3: str, batch_rows: int | None
     ) -> Commit:
-        """Compute the record of a shard: its file's size and hash, and sums over its training positions."""
-        moments, sketch = Moments(self.site.width), NormSketch()
+        """Compute the record of a shard: its file's size and hash, and sums over its training positions.
+
+        Raises:
+            DataError: some value is NaN or infinite.
+        """
+        from saemill.common.loops.moments import squared_norms  # numba is loaded where it is used
+
+        square_T = np.concatenate([squared_norms(x_TD) for x_TD in self._activations(permuted_TC)])
+        if not np.isfinite(square_T).all():  # squares in float64 are finite where the values are
+            raise self._not_finite(shard, permuted_TC)
+        sketch, norms_T = NormSketch(), norms_from_squares(square_T)
         keep = self.store.keep(shard, self.store.mask, held_out=False)
-        for places_T in torch.split(torch.from_numpy(np.flatnonzero(keep)), ROWS_AT_ONCE):
-            moments.add(self.form.decode(permuted_TC.index_select(0, places_T)))
-        norms_T = np.concatenate([norms_of(x_TD) for x_TD in self._activations(permuted_TC)])
         sketch.add(norms_T[keep])
+        moments = self._moments(permuted_TC, np.flatnonzero(keep))
         calibration = self.known.calibration
         return Commit(
             store=self.identity,
@@ -208,6 +213,17 @@ class SiteWriter:
             lengths=sketch.counts,
             batch_rows=batch_rows,
         )
+
+    def _moments(self, permuted_TC: Tensor, places_N: NDArray[np.int64]) -> Moments:
+        """Compute the moments of some rows of a shard. Floats are read where they are; codes are decoded,
+        some at a time."""
+        moments = Moments(self.site.width)
+        if self.form.stored == self.form.dtype:
+            moments.add(permuted_TC, places_N)
+            return moments
+        for some_T in torch.split(torch.from_numpy(places_N), ROWS_AT_ONCE):
+            moments.add(self.form.decode(permuted_TC.index_select(0, some_T)))
+        return moments
 
     def _publish(self, shard: int, data: Path, record: Path, xxh3: str) -> None:
         """Put a shard and its record in place; `xxh3` is the shard's hash.

@@ -1,12 +1,15 @@
 """Embeddings: import-activations, embed."""
 
-from saemill.commands.flags import OUT, argument, command, flag
+from collections.abc import Mapping
+from typing import Any
+
+from saemill.commands.flags import OUT, Config, DryRun, Sets, argument, flag, with_flags
+from saemill.common.config import resolve
 from saemill.embeddings.config import EmbedConfig, ImportConfig
 
 
-@command(
+@with_flags(
     ImportConfig,
-    "import-activations",
     argument("source"),
     OUT,
     *("column", "site", "id_column", "text_column", "source_column", "texts"),
@@ -14,7 +17,9 @@ from saemill.embeddings.config import EmbedConfig, ImportConfig
     *("dtype", "width", "raw_dtype", "subset", "split", "revision"),
     *("max_rows", "held_out_fraction", "shard_rows", "compression"),
 )
-def import_activations(config: ImportConfig) -> None:
+def import_activations(
+    *, flags: Mapping[str, Any], config: Config = None, set_: Sets = None, dry_run: DryRun = False
+) -> None:
     """Take over embeddings that are stored already, with their texts or ids.
 
     Every row is checked before the first is written. Killed at any moment, the same command continues.
@@ -22,14 +27,20 @@ def import_activations(config: ImportConfig) -> None:
 
     Example: `saemill import-activations embeddings.parquet --texts passages.parquet -o acts`
     """
+    settings = resolve(ImportConfig, "import-activations", flags, config, set_ or ())
+    if dry_run:
+        from saemill.common.outlook import tell
+        from saemill.embeddings.run import outlook
+
+        tell(outlook(settings))
+        return
     from saemill.embeddings.run import run
 
-    run(config)
+    run(settings)
 
 
-@command(
+@with_flags(
     EmbedConfig,
-    "embed",
     argument("dataset"),
     "model",
     OUT,
@@ -39,13 +50,22 @@ def import_activations(config: ImportConfig) -> None:
     *("subset", "split", "revision", "model_revision"),
     *("max_rows", "held_out_fraction", "shard_rows", "compression"),
 )
-def embed(config: EmbedConfig) -> None:
+def embed(
+    *, flags: Mapping[str, Any], config: Config = None, set_: Sets = None, dry_run: DryRun = False
+) -> None:
     """Embed texts with an encoder of sentence-transformers, which must be installed.
 
     The texts are kept beside the vectors. Killed at any moment, the same command continues.
 
     Example: `saemill embed passages.parquet --model sentence-transformers/all-MiniLM-L6-v2 -o acts`
     """
+    settings = resolve(EmbedConfig, "embed", flags, config, set_ or ())
+    if dry_run:
+        from saemill.common.outlook import tell
+        from saemill.embeddings.embed import outlook
+
+        tell(outlook(settings))
+        return
     from saemill.embeddings.embed import run
 
-    run(config)
+    run(settings)

@@ -11,4 +11,5 @@ arrays.py      vectors out of .npy, .npz, raw rows, .pt and safetensors
 texts.py       texts from another file, joined by id or by order
 rows.py        a batch of rows, and what a vector becomes: normalized, rounded
 store.py       the store: its passages, then the shards of its one site by the cache's writer
+outlook.py     what `--dry-run` tells of it
 """

@@ -1,6 +1,6 @@
 """`saemill embed`: texts through an encoder of sentence-transformers into an ActivationStore."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -10,23 +10,26 @@ import torch
 import xxhash
 
 from saemill.cache.claims.worker import Worker
-from saemill.cache.placing import place_of
+from saemill.cache.placing import Place, place_of
 from saemill.common import config as settings
 from saemill.common.addresses import naming
 from saemill.common.errors import ConfigError
 from saemill.common.hub import loading
 from saemill.common.log import progress, say
+from saemill.common.outlook import Outlook
 from saemill.common.signals import stop_on_signal
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.forms.form import FLOATS
 from saemill.common.stores.passages import PassageStore, PassageWriter
 from saemill.common.stores.shards import as_numpy
+from saemill.common.stores.site_records import known_settings
 from saemill.common.stores.statistics import warnings
 from saemill.common.world import World, speak_for
 from saemill.embeddings.config import EmbedConfig
+from saemill.embeddings.outlook import Tally, outlook_of
 from saemill.embeddings.rows import Conversion, Rows
 from saemill.embeddings.sources import Where, open_hub
-from saemill.embeddings.store import Plan, describe, fill, make_passages, open_store
+from saemill.embeddings.store import Plan, check_folder, describe, fill, make_passages, open_store
 from saemill.embeddings.tables import Table, choose_column, strings
 
 GROUP_BATCHES = 8
@@ -43,18 +46,8 @@ def run(config: EmbedConfig) -> ActivationStore:
         StoreError: the output holds other files.
         Interrupted: a signal came; the same call goes on.
     """
-    world = World.here()
-    speak_for(world)
-    place = place_of(config.out)
-    settings.check_folder(place.folder)
-    model = _load(config, world.device(config.device))
-    table = open_hub(
-        Where(name=config.dataset, subset=config.subset, split=config.split, revision=config.revision)
-    )
-    chosen = {"text": config.text_column, "id": config.id_column}
-    columns = [choose_column(table, what, column) for what, column in chosen.items()]
-    columns.append(config.source_column and choose_column(table, "source", config.source_column))
-    plan = _plan(config, place.folder, table, _fingerprint(model))
+    speak_for(World.here())
+    place, model, table, columns, plan = _prepared(config)
     with (
         stop_on_signal() as stop,
         naming(place.folder, place.name),
@@ -62,10 +55,9 @@ def run(config: EmbedConfig) -> ActivationStore:
         worker.hold("store") as claim,
     ):
         passages = make_passages(
-            plan, worker, lambda writer: _copy(table, columns, config.max_rows, writer, worker)
+            plan, worker, lambda writer: _copy(table, columns, config.max_rows, writer, worker.check_stop)
         )
-        width = int(model.encode(["a"], show_progress_bar=False).shape[1])
-        store, writer = open_store(plan, passages, width, worker)
+        store, writer = open_store(plan, passages, _width(model), worker)
         encoder = _Encoder(model, passages, store.shard_tokens, config.batch_size, config.prompt)
         what = fill(store, writer, plan.conversion, encoder.batches, worker, claim)
     say(f"{place.name}: {plan.site} complete, {describe(passages)}; {what}")
@@ -73,6 +65,39 @@ def run(config: EmbedConfig) -> ActivationStore:
     for warning in warnings(plan.site, array.statistics, array.dtype, store.text.unit):
         say(warning)
     return store
+
+
+def outlook(config: EmbedConfig) -> Outlook:
+    """Load the model and read all texts as `run` does, and work out what it would write; nothing is written.
+
+    Raises:
+        ConfigError, DataError, StoreError: as `run`.
+    """
+    place, model, table, columns, plan = _prepared(config)
+    tally = Tally()
+    with naming(place.folder, place.name):
+        check_folder(plan, known_settings(plan.out))
+        _copy(table, columns, config.max_rows, tally)
+        return outlook_of("embed", plan, place, tally, _width(model))
+
+
+def _prepared(config: EmbedConfig) -> tuple[Place, Any, Table, list[str | None], Plan]:
+    """Load the model, open the texts, choose their columns and plan the store."""
+    place = place_of(config.out)
+    settings.check_folder(place.folder)
+    model = _load(config, World.here().device(config.device))
+    table = open_hub(
+        Where(name=config.dataset, subset=config.subset, split=config.split, revision=config.revision)
+    )
+    chosen = {"text": config.text_column, "id": config.id_column}
+    columns = [choose_column(table, what, column) for what, column in chosen.items()]
+    columns.append(config.source_column and choose_column(table, "source", config.source_column))
+    return place, model, table, columns, _plan(config, place.folder, table, _fingerprint(model))
+
+
+def _width(model: Any) -> int:
+    """Measure the width of the model's vectors."""
+    return int(model.encode(["a"], show_progress_bar=False).shape[1])
 
 
 def _plan(config: EmbedConfig, folder: Path, table: Table, fingerprint: str) -> Plan:
@@ -131,8 +156,8 @@ def _copy(
     table: Table,
     columns: list[str | None],
     max_rows: int | None,
-    writer: PassageWriter,
-    worker: Worker,
+    writer: PassageWriter | Tally,
+    heed: Callable[[], None] = lambda: None,
 ) -> str:
     """Add all texts to the passages. Return what the held-out ones are chosen by."""
     text_column, id_column, source_column = columns
@@ -140,7 +165,7 @@ def _copy(
     start = 0
     with progress("read", max_rows, "texts") as advance:
         for batch in table.read([name for name in columns if name is not None], 0):
-            worker.check_stop()
+            heed()
             rows = batch if max_rows is None else batch.slice(0, max_rows - start)
             texts = strings(rows[text_column], text_column, start)
             ids = None if id_column is None else strings(rows[id_column], id_column, start)

@@ -1,28 +1,33 @@
 """`saemill import-activations`: stored embeddings, from whatever holds them, become an ActivationStore."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
 from saemill.cache.claims.worker import Worker
-from saemill.cache.placing import place_of
+from saemill.cache.placing import Place, place_of
 from saemill.common import config as settings
 from saemill.common.addresses import naming
 from saemill.common.errors import DataError
 from saemill.common.log import progress, say
+from saemill.common.outlook import Outlook
 from saemill.common.signals import stop_on_signal
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.forms.form import StoredType
 from saemill.common.stores.passages import PassageWriter
+from saemill.common.stores.site_records import known_settings
 from saemill.common.stores.statistics import warnings
 from saemill.common.world import World, speak_for
 from saemill.embeddings.config import ImportConfig
+from saemill.embeddings.outlook import Tally, outlook_of
 from saemill.embeddings.rows import Conversion, Rows, Source
 from saemill.embeddings.sources import Where, open_source, open_table
-from saemill.embeddings.store import Plan, describe, fill, make_passages, open_store
+from saemill.embeddings.store import Plan, check_folder, describe, fill, make_passages, open_store
 from saemill.embeddings.tables import Table
 from saemill.embeddings.texts import join
 
@@ -40,6 +45,41 @@ def run(config: ImportConfig) -> ActivationStore:
         Interrupted: a signal came; the same call goes on.
     """
     speak_for(World.here())
+    place, source, table, plan, width = _prepared(config)
+    with (
+        stop_on_signal() as stop,
+        naming(place.folder, place.name),
+        Worker(place, stop) as worker,
+        worker.hold("store") as claim,
+    ):
+        checking = _Checking(config, source, table, plan.conversion, worker.partial(), worker.check_stop)
+        passages = make_passages(plan, worker, checking.write)
+        store, writer = open_store(plan, passages, width, worker)
+        batches = partial(_limited, source, max_rows=config.max_rows)
+        what = fill(store, writer, plan.conversion, batches, worker, claim)
+    say(f"{place.name}: {plan.site} complete, {describe(passages)}; {what}")
+    array = store.site(plan.site)
+    for warning in warnings(plan.site, array.statistics, array.dtype, store.text.unit):
+        say(warning)
+    return store
+
+
+def outlook(config: ImportConfig) -> Outlook:
+    """Check every row as `run` does, and work out what it would write; nothing is written.
+
+    Raises:
+        ConfigError, DataError, StoreError: as `run`.
+    """
+    place, source, table, plan, width = _prepared(config)
+    tally = Tally()
+    with naming(place.folder, place.name), TemporaryDirectory() as scratch:
+        check_folder(plan, known_settings(plan.out))
+        _Checking(config, source, table, plan.conversion, Path(scratch) / "texts").write(tally)
+        return outlook_of("import-activations", plan, place, tally, width)
+
+
+def _prepared(config: ImportConfig) -> tuple[Place, Source, Table | None, Plan, int]:
+    """Open the source and plan the store. Returns also the width of its vectors."""
     place = place_of(config.out)
     settings.check_folder(place.folder)
     source, table = _open(config)
@@ -47,24 +87,7 @@ def run(config: ImportConfig) -> ActivationStore:
     if first is None:
         raise DataError(f"{config.source} holds no passages")
     conversion = Conversion(_stored_type(config, first), config.normalize)
-    plan = _plan(config, place.folder, source, table, conversion)
-    with (
-        stop_on_signal() as stop,
-        naming(place.folder, place.name),
-        Worker(place, stop) as worker,
-        worker.hold("store") as claim,
-    ):
-        checking = _Checking(config, source, table, conversion, worker)
-        passages = make_passages(plan, worker, checking.write)
-        store, writer = open_store(plan, passages, first.x_TD.shape[1], worker)
-        what = fill(
-            store, writer, conversion, lambda start: _limited(source, start, config.max_rows), worker, claim
-        )
-    say(f"{place.name}: {plan.site} complete, {describe(passages)}; {what}")
-    array = store.site(plan.site)
-    for warning in warnings(plan.site, array.statistics, array.dtype, store.text.unit):
-        say(warning)
-    return store
+    return place, source, table, _plan(config, place.folder, source, table, conversion), first.x_TD.shape[1]
 
 
 def _open(config: ImportConfig) -> tuple[Source, Table | None]:
@@ -115,24 +138,26 @@ class _Checking:
     source: Source
     table: Table | None
     conversion: Conversion
-    worker: Worker
+    scratch: Path
+    """File that texts are looked up in meanwhile."""
+    heed: Callable[[], None] = lambda: None
+    """Called after each batch: it heeds signals."""
 
-    def write(self, writer: PassageWriter) -> str:
+    def write(self, writer: PassageWriter | Tally) -> str:
         """Write a passage per row. Return what the held-out ones are chosen by."""
         config, hashed = self.config, "vectors"
-        scratch = self.worker.partial()
         longer = config.max_rows is not None
-        texts = join(self.source, self.table, config.id_column, config.text_column, scratch, longer)
+        texts = join(self.source, self.table, config.id_column, config.text_column, self.scratch, longer)
         with progress("check", config.max_rows, "passages") as advance:
             for rows in _limited(self.source, 0, config.max_rows):
-                self.worker.check_stop()
+                self.heed()
                 self.conversion.of(rows)
                 ids, row_texts = texts.of(rows)
                 hashed = "texts" if row_texts else "ids" if ids else "vectors"
                 writer.add(ids, row_texts, _bytes(row_texts or ids or rows.x_TD), rows.sources)
                 advance(len(rows.x_TD))
         texts.finish()
-        scratch.unlink(missing_ok=True)
+        self.scratch.unlink(missing_ok=True)
         return hashed
 
 

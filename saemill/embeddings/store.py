@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from saemill.cache.calibration import calibration_of, first_rows
 from saemill.cache.claims.files import holds_only_claims
 from saemill.cache.claims.worker import Claim, Worker
 from saemill.cache.folder import check_same_store, write_group
+from saemill.cache.placing import Place
 from saemill.cache.repair import damaged, mend
 from saemill.cache.spare import Spare
 from saemill.cache.writer import SiteWriter
@@ -93,7 +94,7 @@ def make_passages(plan: Plan, worker: Worker, write: Callable[[PassageWriter], s
         StoreError: it holds other things.
     """
     folder, existing = plan.out / "passages", known_settings(plan.out)
-    _check_folder(plan, existing)
+    check_folder(plan, existing)
     if _whole(folder, existing):
         return PassageStore(folder)
     if folder.exists():
@@ -119,8 +120,13 @@ def _whole(folder: Path, existing: StoreSettings | None) -> bool:
     return is_same and not passages.problems(hashes=True)
 
 
-def _check_folder(plan: Plan, existing: StoreSettings | None) -> None:
-    """Refuse a folder that holds anything but the beginning of this store."""
+def check_folder(plan: Plan, existing: StoreSettings | None) -> None:
+    """Refuse a folder that holds anything but the beginning of this store.
+
+    Raises:
+        ConfigError: it holds others, or the store there was made of others.
+        StoreError: it holds other things.
+    """
     begun = _manifest(plan.out / "passages")
     names = {"passages", OBJECTS}
     if existing or begun:
@@ -161,6 +167,47 @@ def _manifest(folder: Path) -> PassageManifest | None:
     return records.if_whole(lambda: records.read(folder / "manifest.json", PassageManifest, ""))
 
 
+class Layout(NamedTuple):
+    """How the rows of a store lie in its files."""
+
+    n_rows: int
+    row_bytes: int
+    """Bytes of a stored row, before compression."""
+    compression: str | None
+    shard_rows: int
+
+    @property
+    def n_shards(self) -> int:
+        """Number of shards."""
+        return -(-self.n_rows // self.shard_rows)
+
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes of a shard, before compression; the last one is padded to it."""
+        return self.shard_rows * self.row_bytes
+
+
+def layout_of(plan: Plan, existing: StoreSettings | None, n_rows: int, width: int) -> Layout:
+    """Choose how rows lie: as asked for, or as a store of the same rows has them already."""
+    form = form_of(plan.conversion.stored, width)
+    row_bytes = form.columns * form.stored.itemsize
+    fitting = max(BLOCK_TOKENS, SHARD_BYTES // row_bytes // BLOCK_TOKENS * BLOCK_TOKENS)
+    compression = plan.compression or (existing.compression if existing else None)
+    compression = None if compression == "raw" else compression
+    asked = plan.shard_rows or min(SHARD_ROWS, fitting)
+    return Layout(n_rows, row_bytes, compression, rows_per_shard(asked, n_rows, 1, compression))
+
+
+def check_room(place: Place, layout: Layout) -> None:
+    """Refuse what has no room where it is to lie.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    n_bytes = layout.n_shards * layout.shard_bytes
+    place.check_room(n_bytes, layout.shard_bytes, "--max-rows or --dtype bf16")
+
+
 def open_store(
     plan: Plan, passages: PassageStore, width: int, worker: Worker
 ) -> tuple[ActivationStore, SiteWriter]:
@@ -169,31 +216,24 @@ def open_store(
     Raises:
         ConfigError: it was made with other settings, or the disk is too small.
     """
-    form, existing = form_of(plan.conversion.stored, width), known_settings(plan.out)
-    row_bytes = form.columns * form.stored.itemsize
-    fitting = max(BLOCK_TOKENS, SHARD_BYTES // row_bytes // BLOCK_TOKENS * BLOCK_TOKENS)
-    compression = plan.compression or (existing.compression if existing else None)
-    compression = None if compression == "raw" else compression
-    shard_rows = rows_per_shard(
-        plan.shard_rows or min(SHARD_ROWS, fitting), passages.n_rows, passages.ctx_len, compression
-    )
+    existing = known_settings(plan.out)
+    layout = layout_of(plan, existing, passages.n_rows, width)
     identity = {
         "format": FORMAT,
         "kind": EMBEDDINGS,
         "passages_fingerprint": passages.fingerprint,
         "source_hash": plan.source_hash,
         "n_rows": passages.n_rows,
-        "shard_tokens": shard_rows,
+        "shard_tokens": layout.shard_rows,
         "dtype": plan.conversion.stored,
-        "compression": compression,
+        "compression": layout.compression,
         "model_dtype": None,
         "model_fingerprint": plan.made_by["model_fingerprint"],
         "mask": setting.identity(NO_MASK),
     }
     check_same_store(plan.out, existing, identity)
     if existing is None:
-        n_bytes = -(-passages.n_rows // shard_rows) * shard_rows * row_bytes
-        worker.place.check_room(n_bytes, shard_rows * row_bytes, "--max-rows or --dtype bf16")
+        check_room(worker.place, layout)
         versions = {name: version(name) for name in ("saemill", "torch", "zarr")}
         made_by = {key: plan.made_by[key] for key in ("model", "revision")} | {"versions": versions}
         existing = StoreSettings.made(identity, **made_by)

@@ -16,12 +16,13 @@ from saemill.common.config import nearest
 from saemill.common.errors import ConfigError
 from saemill.common.log import counted
 from saemill.common.models.architecture import Architecture
-from saemill.common.models.model import IN_MEMORY, head_of
+from saemill.common.models.model import head_of
 from saemill.common.models.sites import load_model_config
 from saemill.common.outlook import Outlook, shown
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.mask import MaskConfig
 from saemill.common.stores.site_names import BESIDE, parts_of
+from saemill.common.stores.site_records import IN_MEMORY
 from saemill.common.stores.tokens import TokenStore
 from saemill.train import outlook as train
 from saemill.train.backends.choose import choose_product_dtype, kernels_of

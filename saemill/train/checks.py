@@ -50,7 +50,6 @@ def together(config: "TrainConfig") -> None:
         of_architectures(config, config.architectures)
     else:
         _starts(config)
-    _dead(config)
     _targets(config)
     if config.cross_layer and not (config.site and config.target_site):
         raise ConfigError(
@@ -81,17 +80,6 @@ def of_architectures(config: "TrainConfig", names: tuple[str, ...]) -> None:
         is_default = getattr(config, name) == default_of(type(config), name)
         if marks.only and not is_default and not set(marks.only) & {*names, *named}:
             raise ConfigError(no_effect(name, names[0]))
-
-
-def _dead(config: "TrainConfig") -> None:
-    """Refuse settings of AuxK where the dead latents of all of the run's SAEs learn otherwise."""
-    if not config.preact_coefficient or config.variants or set(config.architectures) != {"jumprelu"}:
-        return
-    for name in ("auxk_alpha", "k_aux"):
-        if getattr(config, name) != default_of(type(config), name):
-            raise ConfigError(
-                f"{name} has no effect with preact_coefficient, which takes its place; leave one of them out"
-            )
 
 
 def _starts(config: "TrainConfig") -> None:

@@ -10,6 +10,7 @@ import pytest
 import sentence_transformers
 import torch
 import transformers
+from command_line import call
 from crashes import check_crashes, file_hashes
 from object_store import S3
 from texts import bert_tokenizer
@@ -18,7 +19,7 @@ from saemill.common.errors import ConfigError
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.passages import PassageStore
 from saemill.embeddings.config import EmbedConfig
-from saemill.embeddings.embed import run
+from saemill.embeddings.embed import outlook, run
 from saemill.show import describe
 
 TEXTS = [f"the cat number {i} sat on {'a mat ' * (i % 7)}while dogs ran" for i in range(50)]
@@ -125,3 +126,21 @@ def test_mistakes_are_refused(
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ConfigError, match=r"needs sentence-transformers: pip install 'saemill\[embed\]'"):
         embed(corpus_file, encoder, tmp_path / "new")
+
+
+def test_a_dry_run_tells_what_is_written(corpus_file: Path, encoder: str, tmp_path: Path) -> None:
+    """Oracle: the bytes of the shards and the number of files afterwards; the dry run leaves nothing."""
+    config = EmbedConfig(
+        dataset=str(corpus_file), model=encoder, out=tmp_path / "acts", shard_rows=16, max_rows=40,
+        device="cpu",
+    )  # fmt: skip
+    flags = ["--shard-rows=16", "--max-rows=40", "--device=cpu", "--dry-run"]
+    told = call("embed", corpus_file, "--model", encoder, "-o", config.out, *flags)
+    assert not config.out.exists()
+    planned = outlook(config)
+    assert "\n".join(planned.lines()) in told
+    store = run(config)
+    assert planned.amount == store.n_tokens == 40
+    shards = sum(file.stat().st_size for file in store.path.glob("embedding/c/*/0"))
+    assert planned.disk["embedding"] == shards
+    assert planned.n_files == len(file_hashes(store.path))

@@ -22,6 +22,8 @@ from saemill.cache.config import CacheConfig
 from saemill.cache.run import run as cache
 from saemill.common.errors import ConfigError, DataError, SaemillError, StoreError
 from saemill.common.stores.activations import ActivationStore
+from saemill.embeddings.config import ImportConfig
+from saemill.embeddings.run import outlook, run
 from saemill.show import problems
 
 
@@ -101,9 +103,11 @@ REFUSED: dict[str, tuple[Callable[[Path], str], dict[str, Any], str]] = {
 def test_what_cannot_be_taken_is_refused(
     write: Callable[[Path], str], options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    """Oracle: the messages; nothing is left that another import would stumble over."""
-    with pytest.raises(SaemillError, match=message):
-        taken(write(tmp_path), tmp_path / "acts", **options)
+    """Oracle: the messages, of the dry run too; nothing is left that another import would stumble over."""
+    source = write(tmp_path)
+    for action in (outlook, run):
+        with pytest.raises(SaemillError, match=message):
+            action(ImportConfig(source=source, out=tmp_path / "acts", **options))
     assert not list((tmp_path / "acts").glob("*"))
 
 

@@ -113,6 +113,11 @@ def test_a_checkpoint_of_other_shapes_is_told(
             "unknown setting variants[1].kk; did you mean k",
         ),
         ("5", "must be a group of settings"),
+        (
+            "{k: 3, num_latents: 48}, "
+            "{architecture: jumprelu, num_latents: 48, preact_coefficient: 0.1, k_aux: 3}",
+            "k_aux has no effect with preact_coefficient",
+        ),
     ],
 )
 def test_bad_variants_in_a_file(

@@ -10,7 +10,6 @@ import torch
 from saemill.common.errors import ConfigError
 from saemill.common.log import say
 from saemill.common.models.model import (
-    IN_MEMORY,
     LanguageModel,
     attention_of,
     check_fit,
@@ -22,7 +21,7 @@ from saemill.common.models.model import (
 from saemill.common.models.sites import load_model_config
 from saemill.common.stores.activations import ActivationStore
 from saemill.common.stores.site_names import module_of
-from saemill.common.stores.site_records import StoreSettings
+from saemill.common.stores.site_records import IN_MEMORY, StoreSettings
 from saemill.common.stores.tokens import TokenStore
 from saemill.common.weights import AS_GIVEN, Weights, bits_of
 

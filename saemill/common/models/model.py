@@ -31,8 +31,6 @@ from saemill.common.stores.tokens import TokenizerInfo, TokenStore
 from saemill.common.weights import AS_GIVEN, Weights
 
 Head = Literal["causal", "masked"]
-IN_MEMORY = ", in memory"
-"""Words behind the name of a model that was given as an object."""
 OF_NO_WEIGHT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 """Entries of a config that say where it is from, not what it computes; the type is each tensor's."""
 

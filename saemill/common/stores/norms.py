@@ -24,8 +24,13 @@ def norms_of(x_TD: Tensor) -> NDArray[np.uint16]:
     bfloat16 has count as its largest. uint16 [T]."""
     from saemill.common.loops.moments import squared_norms  # numba is loaded where it is used
 
+    return norms_from_squares(squared_norms(x_TD))
+
+
+def norms_from_squares(square_T: NDArray[np.float64]) -> NDArray[np.uint16]:
+    """Round norms, whose squares are given, as `norms_of` does. uint16 [T]."""
     # Squares in float64: none is too large or too small for it, and the order of sums does not show.
-    norm_T = torch.from_numpy(squared_norms(x_TD)).sqrt_().clamp_(max=LARGEST_NORM)
+    norm_T = torch.from_numpy(square_T).sqrt().clamp_(max=LARGEST_NORM)
     return norm_T.to(torch.bfloat16).view(torch.uint16).numpy()
 
 

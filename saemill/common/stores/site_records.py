@@ -50,6 +50,8 @@ CLAIMS = "claims"
 """Name of the folder in which those who write a store share out its shards; it is gone when none is left."""
 RESERVED = (*TEXT_FOLDERS, SITES, FOLLOWERS, CONSUMED, CLAIMS, "zarr.json")
 """Names in a store's folder that no site has."""
+IN_MEMORY = ", in memory"
+"""Words behind the name of a model that was given as an object."""
 REPAIR = "Run the command that made it (`saemill cache`, …) again: it rebuilds only what is damaged."
 LATER = ("load_in_4bit", "attn_implementation", "trust_remote_code", "compression", "converted_from")
 """Settings that the first stores had not."""
@@ -122,7 +124,7 @@ class StoreSettings(Record):
     mask: MaskConfig
     """Positions that statistics, training and assessment leave out by default."""
     model: str | None
-    """Hub id or local folder."""
+    """Hub id or local folder; of a model in memory its name, with `IN_MEMORY` behind."""
     revision: str | None
     weights_fingerprint: str | None = None
     """Fingerprint of the weights of a local folder, whatever files hold them."""

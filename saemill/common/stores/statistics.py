@@ -85,16 +85,16 @@ class Moments:
         """Counts of rows by their distance from the mean of the rows added with them: step s counts the
         distances in [2^(s/4), 2^((s+1)/4)). Distances of 0 are left out."""
 
-    def add(self, x_TD: Tensor) -> None:
-        """Count the rows of x_TD."""
+    def add(self, x_TD: Tensor, chosen_N: NDArray[np.int64] | None = None) -> None:
+        """Count the rows of x_TD, or those of them with these numbers."""
         from saemill.common.loops import moments  # numba is loaded where it is used
 
-        for rows_TD in torch.split(x_TD, ROWS_PER_MEAN):
-            if len(rows_TD) == 0:
-                continue
-            mean_D = moments.mean(rows_TD)
-            deviations_D, squares_T = moments.deviations(rows_TD, mean_D)
-            self.merge(len(rows_TD), mean_D, deviations_D, _steps(squares_T))
+        chosen_N = np.arange(len(x_TD)) if chosen_N is None else chosen_N
+        for start in range(0, len(chosen_N), ROWS_PER_MEAN):
+            some_N = chosen_N[start : start + ROWS_PER_MEAN]
+            mean_D = moments.mean(x_TD, some_N)
+            deviations_D, squares_N = moments.deviations(x_TD, some_N, mean_D)
+            self.merge(len(some_N), mean_D, deviations_D, _steps(squares_N))
 
     def merge(
         self,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, get_args, get_type_hints
 
@@ -19,6 +19,8 @@ from saemill.train.sweep.grid import applies, entries_of
 from saemill.train.sweep.sources import Source, Sources, fill_in
 from saemill.train.sweep.variant import TARGET_L0, WITHOUT_SIGNUM, Variant
 
+OF_AUXK = ("auxk_alpha", "k_aux")
+"""Settings without effect where the pre-activations of dead latents are pulled."""
 ADAM_ALONE = ("optimizer_state", "adam_betas")
 """Settings without effect on another optimizer."""
 MUON_OVER_ADAM = 2.0
@@ -81,6 +83,8 @@ def of_config(
     if of_run:
         of_architectures(config, config.architectures or tuple(s.config.architecture for s in of_run))
     variants = resolve(common, axes, config.variants, widths, n_steps, targets, sources, of_run)
+    if all(variant.preact_coefficient for variant in variants):
+        _without_auxk(name for name in OF_AUXK if getattr(config, name) != default_of(TrainConfig, name))
     if config.kernels == "triton" and any(variant.n_layers > 1 for variant in variants):
         raise ConfigError(
             "kernels triton do not step a cross-layer transcoder, which torch does on a GPU; leave kernels "
@@ -121,6 +125,8 @@ def resolve(
     """
     variants = []
     for i, (entry, source) in enumerate(entries_of(axes, explicit, sources, of_run)):
+        if {**_inherited(common, entry), **entry}.get("preact_coefficient"):
+            _without_auxk(name for name in OF_AUXK if name in entry)
         predicted = None if source is None else (*source.sites, None, None)[1]
         entry.setdefault("target_site", targets.get(entry["site"], predicted))
         if source is not None:
@@ -133,6 +139,14 @@ def resolve(
             how = "start from one SAE alone, RUN/NAME" if of_run else "name them apart"
             raise ConfigError(f"two variants are called {name!r}; leave one out or {how}")
     return variants
+
+
+def _without_auxk(said: Iterable[str]) -> None:
+    """Refuse settings of AuxK where dead latents learn otherwise."""
+    for name in said:
+        raise ConfigError(
+            f"{name} has no effect with preact_coefficient, which takes its place; leave one of them out"
+        )
 
 
 def _width(widths: Mapping[str, int], site: str) -> int:
