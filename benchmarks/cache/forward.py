@@ -12,16 +12,20 @@ of them, in bf16; its start counts, but for loading the model. SAELens' `CacheAc
 same single block in fp32, since Arrow has no bf16, with TransformerLens' model (its default) and with
 transformers'; its start does not count. It takes part where the model is a GPT-NeoX. All run with one thread
 and take turns; the best of each counts, in tokens per second of CPU time, which other programs disturb less.
+saemill writes a shard in a thread of its own while the model computes the next one: beside a second core the
+clock shows less of it, which the last column tells.
 """
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +44,7 @@ from saemill.tokenize.run import run as tokenize
 BATCH_ROWS = 4
 SAELENS = ("HookedTransformer", "AutoModel")
 """Classes of models that SAELens runs; names as its `model_class_name` begins."""
+BY_CLOCK = "saemill / bare by the clock"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -80,8 +85,24 @@ def blocks_of(model: str) -> list[str]:
         return block_names(transformers.AutoModel.from_config(config))
 
 
-def bare_seconds(args: argparse.Namespace, store: TokenStore, dtype: str, n_blocks: int) -> float:
-    """CPU seconds of forward passes over all rows through the first blocks; nothing is kept."""
+class Seconds(NamedTuple):
+    """What some work took."""
+
+    cpu: float
+    clock: float
+
+    @classmethod
+    def now(cls) -> "Seconds":
+        """Read both clocks."""
+        return cls(time.process_time(), time.perf_counter())
+
+    def since(self, start: "Seconds") -> "Seconds":
+        """Subtract an earlier reading, or what other work took."""
+        return Seconds(self.cpu - start.cpu, self.clock - start.clock)
+
+
+def bare_seconds(args: argparse.Namespace, store: TokenStore, dtype: str, n_blocks: int) -> Seconds:
+    """Time forward passes over all rows through the first blocks; nothing is kept."""
     model = transformers.AutoModel.from_pretrained(args.model, dtype=DTYPES[dtype]).eval()
     base = base_of(model)
     last = block_names(base)[n_blocks - 1]
@@ -90,30 +111,30 @@ def bare_seconds(args: argparse.Namespace, store: TokenStore, dtype: str, n_bloc
     setattr(base.get_submodule(holder), name, base.get_submodule(parent)[: int(number) + 1])
     with torch.inference_mode():
         model(torch.from_numpy(store.rows(0, BATCH_ROWS).astype("int64")))
-        start = time.process_time()
+        start = Seconds.now()
         for row in range(0, store.n_rows, BATCH_ROWS):
             model(torch.from_numpy(store.rows(row, min(row + BATCH_ROWS, store.n_rows)).astype("int64")))
-        return time.process_time() - start
+        return Seconds.now().since(start)
 
 
-def cache_seconds(args: argparse.Namespace, store: TokenStore, dtype: str, sites: list[str]) -> float:
-    """CPU seconds of `saemill cache` into a fresh folder, but for loading the model."""
+def cache_seconds(args: argparse.Namespace, store: TokenStore, dtype: str, sites: list[str]) -> Seconds:
+    """Time `saemill cache` into a fresh folder, but for loading the model."""
     folder = Path(tempfile.mkdtemp(dir=args.out))
     config = CacheConfig(
         tokens=store.path, model=args.model, out=folder / "acts", sites=tuple(sites), batch_size=BATCH_ROWS,
         device="cpu", shard_tokens=args.shard_tokens, model_dtype=dtype,  # type: ignore[arg-type]
     )  # fmt: skip
-    start = time.process_time()
+    start = Seconds.now()
     LanguageModel(args.model, revision=None, dtype=DTYPES[dtype], device=torch.device("cpu"))
-    loaded = time.process_time()
+    loaded = Seconds.now()
     cache(config)
-    seconds = time.process_time() - loaded - (loaded - start)
+    seconds = Seconds.now().since(loaded).since(loaded.since(start))
     shutil.rmtree(folder)
     return seconds
 
 
-def saelens_seconds(args: argparse.Namespace, store: TokenStore, dtype: str, block: str, by: str) -> float:
-    """CPU seconds of SAELens' runner on the same rows, with a class of models, but for loading the model."""
+def saelens_seconds(args: argparse.Namespace, store: TokenStore, dtype: str, block: str, by: str) -> Seconds:
+    """Time SAELens' runner on the same rows, with a class of models, but for loading the model."""
     folder = Path(tempfile.mkdtemp(dir=args.out))
     np.save(folder / "ids.npy", store.rows(0, store.n_rows).astype("int64"))
     script = Path(__file__).with_name("saelens_runner.py")
@@ -128,15 +149,16 @@ def saelens_seconds(args: argparse.Namespace, store: TokenStore, dtype: str, blo
     shutil.rmtree(folder)
     if done.returncode:
         raise SystemExit(done.stdout + done.stderr)
-    return float(done.stdout.splitlines()[-1])
+    return Seconds(float(done.stdout.splitlines()[-1]), math.nan)
 
 
 def measure(args: argparse.Namespace, store: TokenStore) -> dict[str, dict[str, float]]:
-    """Take turns. Returns: the best tokens per CPU second, by what is cached and by who."""
+    """Take turns. Returns: the best tokens per CPU second, by what is cached and by who, and saemill's share
+    of the bare pass by the clock."""
     blocks = blocks_of(args.model)
     third = len(blocks) // 3
     wanted = {"1": blocks[2 * third : 2 * third + 1], "3": blocks[third - 1 :: third][:3], "all": blocks}
-    seconds: dict[tuple[str, str], list[float]] = {}
+    took: dict[tuple[str, str], list[Seconds]] = {}
     is_neox = transformers.AutoConfig.from_pretrained(args.model).model_type == "gpt_neox"
     peers = SAELENS if is_neox and args.peers_python.exists() else ()
     for turn in range(args.rounds):
@@ -144,19 +166,22 @@ def measure(args: argparse.Namespace, store: TokenStore) -> dict[str, dict[str, 
             for what, sites in wanted.items():
                 n_blocks = blocks.index(sites[-1]) + 1
                 row = f"{what} of {len(blocks)} blocks, {dtype}"
-                for who, took in (
-                    ("bare", lambda d=dtype, n=n_blocks: bare_seconds(args, store, d, n)),
-                    ("saemill", lambda d=dtype, s=sites: cache_seconds(args, store, d, s)),
+                for who, seconds in (
+                    ("bare", bare_seconds(args, store, dtype, n_blocks)),
+                    ("saemill", cache_seconds(args, store, dtype, sites)),
                 ):
-                    seconds.setdefault((row, who), []).append(took())
-                    print(turn, row, who, round(store.n_tokens / seconds[row, who][-1]), flush=True)
+                    took.setdefault((row, who), []).append(seconds)
+                    print(turn, row, who, round(store.n_tokens / seconds.cpu), flush=True)
             for by in peers:
                 row = f"1 of {len(blocks)} blocks, {dtype}"
-                took_seconds = saelens_seconds(args, store, dtype, wanted["1"][0], by)
-                seconds.setdefault((row, f"SAELens, {by}"), []).append(took_seconds)
+                seconds = saelens_seconds(args, store, dtype, wanted["1"][0], by)
+                took.setdefault((row, f"SAELens, {by}"), []).append(seconds)
     rates: dict[str, dict[str, float]] = {}
-    for (row, who), every in seconds.items():
-        rates.setdefault(row, {})[who] = store.n_tokens / min(every)
+    for (row, who), every in took.items():
+        rates.setdefault(row, {})[who] = store.n_tokens / min(seconds.cpu for seconds in every)
+    for row, by in rates.items():
+        bare, ours = (min(s.clock for s in took[row, who]) for who in ("bare", "saemill"))
+        by[BY_CLOCK] = bare / ours
     return rates
 
 
@@ -193,9 +218,10 @@ def main() -> None:
     rows = [
         [row, *(f"{by[name]:,.0f}" if name in by else "" for name in who)]
         + [f"{by['saemill'] / by[name]:.2f}" if name in by else "" for name in who if name != "saemill"]
+        + [f"{by[BY_CLOCK]:.2f}"]
         for row, by in rates.items()
     ]
-    head = ["cached", *who, *(f"saemill / {name}" for name in who if name != "saemill")]
+    head = ["cached", *who, *(f"saemill / {name}" for name in who if name != "saemill"), BY_CLOCK]
     lines = [machine(), "", "Tokens per second of CPU time.", "", *table(head, rows, 1)]
     (args.out / "results.md").write_text("\n".join(lines))
     print("\n".join(lines))

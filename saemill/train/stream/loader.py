@@ -79,9 +79,10 @@ class Loader:
     def batch(self, i: int) -> dict[str, Tensor]:
         """Read batch number i.
 
-        Returns: per site [T, D] as the store's rows are read, on the CPU.
+        Returns: per site [T, D] as the store's rows are read, on the CPU. They may lie in a window's memory:
+        they stay until the next batch is asked for, and are not to be written to.
         """
-        return self.stretch(i * self.batch_tokens, (i + 1) * self.batch_tokens)
+        return self._decoded(self.stored(i))
 
     def is_there(self, i: int) -> bool:
         """Tell whether batch number i can be read by now."""
@@ -89,14 +90,23 @@ class Loader:
 
     def stretch(self, position: int, end: int) -> dict[str, Tensor]:
         """Read the stream from one position to another, per site [end - position, D]."""
-        stored = self._stored_stretch(position, end)
-        return {name: self.sites[name].decode(rows_TC) for name, rows_TC in stored.items()}
+        return self._decoded(self._copied(position, end))
 
     def stored(self, i: int) -> dict[str, Tensor]:
-        """Read batch number i in stored rows, per site [T, C]; its `decode` makes activations of them."""
-        return self._stored_stretch(i * self.batch_tokens, (i + 1) * self.batch_tokens)
+        """Read batch number i in stored rows, per site [T, C]; its `decode` makes activations of them. They
+        stay as long as those of `batch`."""
+        position, end = i * self.batch_tokens, (i + 1) * self.batch_tokens
+        first, *others = self.order.pieces(position, end)
+        if others:
+            return self._copied(position, end)
+        rows = self._window(first.window)
+        return {name: rows[name][first.start : first.stop] for name in self.sites}
 
-    def _stored_stretch(self, position: int, end: int) -> dict[str, Tensor]:
+    def _decoded(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self.sites[name].decode(rows_TC) for name, rows_TC in stored.items()}
+
+    def _copied(self, position: int, end: int) -> dict[str, Tensor]:
+        """Copy stored rows of the stream, of one window or of several."""
         found = {
             name: torch.empty(end - position, site.columns, dtype=site.stored)
             for name, site in self.sites.items()

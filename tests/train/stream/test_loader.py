@@ -1,5 +1,6 @@
 """The stream: complete, shuffled, masked, and a pure function of (seed, store, i)."""
 
+from concurrent.futures import wait
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ def test_an_epoch_is_every_unmasked_training_token_once(store: ActivationStore, 
 def test_batches_are_a_pure_function_of_their_number(store: ActivationStore) -> None:
     """Oracle: a fresh loader asked for the same batches in another order."""
     one, other = loader(store), loader(store)
-    first = [one.batch(i) for i in range(60)]
+    first = [{name: rows.clone() for name, rows in one.batch(i).items()} for i in range(60)]
     for i in (59, 3, 31, 0, 58):
         for name in ("a", "b"):
             assert torch.equal(other.batch(i)[name], first[i][name])
@@ -123,6 +124,16 @@ def test_memory_is_two_windows(store: ActivationStore) -> None:
     for i in (0, 5, 11, 12, 40):
         stream.batch(i)
         assert len(stream._windows) <= 2
+
+
+def test_a_batch_stays_until_the_next_is_asked_for(store: ActivationStore) -> None:
+    """Oracle: a copy from before the windows that follow were read, of two epochs."""
+    stream = loader(store, buffer_tokens=512)
+    for i in range(2 * stream.epoch_tokens // stream.batch_tokens):
+        batch = stream.batch(i)
+        copies = {name: rows.clone() for name, rows in batch.items()}
+        wait([*stream._windows.values()])
+        assert all(torch.equal(rows, copies[name]) for name, rows in batch.items())
 
 
 def test_memory_of_windows_is_used_again(store: ActivationStore) -> None:
