@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from saemill.cache.folder import check_same_store
 from saemill.cache.outlook import FILES_PER_SHARD, FILES_PER_SITE, FILES_PER_STORE, RECORD_BYTES, RECORDS
 from saemill.cache.placing import Place
 from saemill.common.errors import DataError
 from saemill.common.log import counted
 from saemill.common.outlook import Outlook
 from saemill.common.stores.site_records import known_settings, site_path
-from saemill.embeddings.store import Plan, check_room, layout_of
+from saemill.embeddings.store import Plan, check_room, identity_of, layout_of
 
 PASSAGE_BYTES = 10
 """Bytes of a passage beside its id, text and source: hash and side."""
@@ -47,7 +48,7 @@ def outlook_of(stage: str, plan: Plan, place: Place, tally: Tally, width: int) -
         width: D.
 
     Raises:
-        ConfigError: it has no room.
+        ConfigError: it has no room, or the store there was made with other settings.
         DataError: there are no passages.
     """
     if tally.n_rows == 0:
@@ -56,6 +57,8 @@ def outlook_of(stage: str, plan: Plan, place: Place, tally: Tally, width: int) -
     layout = layout_of(plan, existing, tally.n_rows, width)
     if existing is None:
         check_room(place, layout)
+    else:
+        check_same_store(plan.out, existing, identity_of(plan, layout, existing.passages_fingerprint))
     n_lacking = layout.n_shards - sum(1 for _ in site_path(plan.out, plan.site).glob("c/*/0"))
     text_bytes = 0 if (plan.out / "passages" / "manifest.json").exists() else tally.n_bytes
     packed = f" compressed by {layout.compression} (sizes before that)" if layout.compression else ""

@@ -198,6 +198,23 @@ def layout_of(plan: Plan, existing: StoreSettings | None, n_rows: int, width: in
     return Layout(n_rows, row_bytes, compression, rows_per_shard(asked, n_rows, 1, compression))
 
 
+def identity_of(plan: Plan, layout: Layout, passages_fingerprint: str | None) -> dict[str, object]:
+    """Collect the settings that decide the store's content."""
+    return {
+        "format": FORMAT,
+        "kind": EMBEDDINGS,
+        "passages_fingerprint": passages_fingerprint,
+        "source_hash": plan.source_hash,
+        "n_rows": layout.n_rows,
+        "shard_tokens": layout.shard_rows,
+        "dtype": plan.conversion.stored,
+        "compression": layout.compression,
+        "model_dtype": None,
+        "model_fingerprint": plan.made_by["model_fingerprint"],
+        "mask": setting.identity(NO_MASK),
+    }
+
+
 def check_room(place: Place, layout: Layout) -> None:
     """Refuse what has no room where it is to lie.
 
@@ -218,19 +235,7 @@ def open_store(
     """
     existing = known_settings(plan.out)
     layout = layout_of(plan, existing, passages.n_rows, width)
-    identity = {
-        "format": FORMAT,
-        "kind": EMBEDDINGS,
-        "passages_fingerprint": passages.fingerprint,
-        "source_hash": plan.source_hash,
-        "n_rows": passages.n_rows,
-        "shard_tokens": layout.shard_rows,
-        "dtype": plan.conversion.stored,
-        "compression": layout.compression,
-        "model_dtype": None,
-        "model_fingerprint": plan.made_by["model_fingerprint"],
-        "mask": setting.identity(NO_MASK),
-    }
+    identity = identity_of(plan, layout, passages.fingerprint)
     check_same_store(plan.out, existing, identity)
     if existing is None:
         check_room(worker.place, layout)

@@ -1,5 +1,6 @@
 """What `import-activations` and `embed` tell with --dry-run."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from command_line import call
 from crashes import file_hashes
 from importing import taken, with_texts
 
+from saemill.common.errors import ConfigError
 from saemill.embeddings.config import ImportConfig
 from saemill.embeddings.run import outlook
 
@@ -39,3 +41,5 @@ def test_a_dry_run_tells_what_is_written(dtype: str, tmp_path: Path) -> None:
     again = outlook(config)
     assert again.disk_bytes == 0
     assert "all are there already" in again.what[0]
+    with pytest.raises(ConfigError, match="shard_tokens: there 256, now 512"):
+        outlook(replace(config, shard_rows=512))
