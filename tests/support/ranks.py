@@ -51,7 +51,9 @@ KINDS = {
     "diverging": replace(BASE, lr=1e30),
     "spoilt": replace(BASE, seed=6),
 }
-OF_TRITON = ("small", "matryoshka", "jumprelu")  # its interpreter is slow; BatchTopK is in Matryoshka
+OF_TRITON = {"1x2": ("small", "matryoshka", "jumprelu"), "2x1": ("small",)}
+"""Kinds by spread: its interpreter is slow. BatchTopK is in Matryoshka; how tokens are shared out the kernels do
+not see."""
 
 
 def train(kind: str, team: Team, kernels: str) -> dict[str, Any]:
@@ -100,7 +102,7 @@ def main(out: Path, *spreads: str) -> None:
             placement = choose([BASE], {"a": D}, everyone.size, data_ranks, latent_ranks)
             team = placement.team_of(everyone)
             for kernels in every.split(","):
-                kinds = OF_TRITON if kernels == "triton" else KINDS
+                kinds = OF_TRITON[ranks] if kernels == "triton" else KINDS
                 made = {name: train(name, team, kernels) for name in kinds}
                 check_alike(everyone, made)
                 found[ranks, kernels] = made

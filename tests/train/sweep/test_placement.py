@@ -126,8 +126,8 @@ def test_a_team_trains_as_one_process_does(
     found = torch.load(out)
     asked = [spread.partition(":") for spread in spreads]
     assert set(found) == {(spread, kernels) for spread, _, every in asked for kernels in every.split(",")}
-    for (_, kernels), of_kernels in found.items():
-        assert set(of_kernels) == set(OF_TRITON if kernels == "triton" else KINDS)
+    for (spread, kernels), of_kernels in found.items():
+        assert set(of_kernels) == set(OF_TRITON[spread] if kernels == "triton" else KINDS)
         for kind, of_kind in of_kernels.items():
             check_trained_alike(of_kind, alone[kind], kind)
 
