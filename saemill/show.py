@@ -257,4 +257,8 @@ def _repair(path: Path, lines: list[str]) -> str:
     if not all(SHARD.match(line) for line in lines):
         return REPAIR
     model = " --model FOLDER" if (settings.model or "").endswith(IN_MEMORY) else ""
-    return f"`saemill verify {named(path)} --repair{model}` computes the bad shards again, to the same bytes."
+    verify = f"`saemill verify {named(path)} --repair{model}`"
+    return (
+        f"{verify} computes the bad shards again, to the same bytes; so does `saemill cache`, called as "
+        "it was first."
+    )

@@ -169,6 +169,7 @@ def test_damage_is_named_refused_and_mended(
     found = problems(copied)
     assert found[:2] == [f"layers.1 shard 3: {problem}", f"layers.1 shard 9: {problem}"]
     assert len(found) == 3
+    assert f"`saemill verify {copied} --repair`" in found[2]
     assert "saemill cache" in found[2]
     with pytest.raises(StoreError, match=r"layers\.1/c/3/0: ") as error:
         ActivationStore(copied).read("layers.1", 0, 4800)

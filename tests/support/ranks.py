@@ -52,8 +52,8 @@ KINDS = {
     "spoilt": replace(BASE, seed=6),
 }
 OF_TRITON = {"1x2": ("small", "matryoshka", "jumprelu"), "2x1": ("small",)}
-"""Kinds by spread: its interpreter is slow. BatchTopK is in Matryoshka; how tokens are shared out the kernels do
-not see."""
+"""Kinds by spread: its interpreter is slow. BatchTopK is in Matryoshka; how tokens are shared out is nothing
+that the kernels see."""
 
 
 def train(kind: str, team: Team, kernels: str) -> dict[str, Any]:

@@ -109,6 +109,8 @@ def test_a_step_is_that_of_whole_matrices(kind: str, skip: dict[str, Any], backe
     (learner,) = bank.learners
     if kind in BY_L1:  # the bias starts where one pre-activation is 0
         learner.parameters.b_enc_F.add_(1e-3)
+    if kind == "jumprelu":  # a threshold starts where one pre-activation is
+        learner.parameters.named["threshold"].mul_(1.001)
     assert learner.parameters.w_enc_FD.shape == (F, D)
     assert learner.parameters.w_dec_FD.shape == (F * (L + 1) // 2, E)
     p = {name: value.clone().double().requires_grad_() for name, value in learner.parameters.named.items()}
