@@ -1,6 +1,7 @@
 """`saemill show` and `saemill verify`: what a folder holds, and whether it is whole."""
 
 import re
+import shlex
 from pathlib import Path
 
 from saemill.common import hub
@@ -256,9 +257,10 @@ def _repair(path: Path, lines: list[str]) -> str:
         return REPAIR
     if not all(SHARD.match(line) for line in lines):
         return REPAIR
-    model = " --model FOLDER" if (settings.model or "").endswith(IN_MEMORY) else ""
-    verify = f"`saemill verify {named(path)} --repair{model}`"
+    name = settings.model or ""
+    is_lost = name.endswith(IN_MEMORY) or (Path(name).is_absolute() and not Path(name).exists())
+    verify = f"saemill verify {shlex.quote(named(path))} --repair{' --model FOLDER' if is_lost else ''}"
+    first = "`cache_activations` with the model" if name.endswith(IN_MEMORY) else "`saemill cache`"
     return (
-        f"{verify} computes the bad shards again, to the same bytes; so does `saemill cache`, called as "
-        "it was first."
+        f"`{verify}` computes the bad shards again, as they were; {first}, called as at first, does so too."
     )

@@ -222,7 +222,13 @@ def main() -> None:
         for row, by in rates.items()
     ]
     head = ["cached", *who, *(f"saemill / {name}" for name in who if name != "saemill"), BY_CLOCK]
-    lines = [machine(), "", "Tokens per second of CPU time.", "", *table(head, rows, 1)]
+    lines = [
+        machine(),
+        "",
+        "Tokens per second of CPU time; the last column is by the clock.",
+        "",
+        *table(head, rows, 1),
+    ]
     (args.out / "results.md").write_text("\n".join(lines))
     print("\n".join(lines))
 

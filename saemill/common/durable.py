@@ -20,7 +20,12 @@ READ_BYTES = 1 << 24
 PARTIAL = ".*.partial"
 """Glob of the partly written files that a crash leaves; they count as nothing."""
 FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FULL_MESSAGES = (*(f"(os error {number})" for number in FULL_ERRNOS), "No space left", "failed writing file")
+FULL_MESSAGES = (
+    *(f"(os error {number})" for number in FULL_ERRNOS),
+    "No space left",
+    "failed writing file",
+    "database or disk is full",
+)
 """Signs of a full disk in the messages of libraries that hide the system's error."""
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
 MISSING = "file is missing"

@@ -46,7 +46,6 @@ def run(config: EmbedConfig) -> ActivationStore:
         StoreError: the output holds other files.
         Interrupted: a signal came; the same call goes on.
     """
-    speak_for(World.here())
     place, model, table, columns, plan = _prepared(config)
     with (
         stop_on_signal() as stop,
@@ -83,9 +82,11 @@ def outlook(config: EmbedConfig) -> Outlook:
 
 def _prepared(config: EmbedConfig) -> tuple[Place, Any, Table, list[str | None], Plan]:
     """Load the model, open the texts, choose their columns and plan the store."""
+    world = World.here()
+    speak_for(world)
     place = place_of(config.out)
     settings.check_folder(place.folder)
-    model = _load(config, World.here().device(config.device))
+    model = _load(config, world.device(config.device))
     table = open_hub(
         Where(name=config.dataset, subset=config.subset, split=config.split, revision=config.revision)
     )

@@ -4,16 +4,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from saemill.cache.folder import check_same_store
-from saemill.cache.outlook import FILES_PER_SHARD, FILES_PER_SITE, FILES_PER_STORE, RECORD_BYTES, RECORDS
+from saemill.cache.outlook import (
+    FILES_PER_SHARD,
+    FILES_PER_SITE,
+    FILES_PER_STORE,
+    RECORD_BYTES,
+    RECORDS,
+    STATISTICS_BYTES,
+)
 from saemill.cache.placing import Place
+from saemill.common.addresses import address_of
 from saemill.common.errors import DataError
 from saemill.common.log import counted
-from saemill.common.outlook import Outlook
+from saemill.common.outlook import Outlook, free_bytes
 from saemill.common.stores.site_records import known_settings, site_path
 from saemill.embeddings.store import Plan, check_room, identity_of, layout_of
 
 PASSAGE_BYTES = 10
-"""Bytes of a passage beside its id, text and source: hash and side."""
+"""Bytes of a passage beside its id and text: hash, side, number of its source."""
 TEXT_FILES = 2
 
 
@@ -22,7 +30,8 @@ class Tally:
 
     def __init__(self) -> None:
         self.n_rows = self.n_bytes = 0
-        """Passages, and bytes of their ids and texts."""
+        """Passages, and bytes of their ids, texts and the names of their sources."""
+        self._sources: set[str] = set()
 
     def add(
         self,
@@ -34,7 +43,9 @@ class Tally:
         """Count some passages; see `PassageWriter.add`."""
         self.n_rows += len(hashed)
         self.n_bytes += PASSAGE_BYTES * len(hashed)
-        self.n_bytes += sum(len(text.encode()) for column in (ids, texts) for text in column or ())
+        new = {*(sources or ())} - self._sources
+        self._sources |= new
+        self.n_bytes += sum(len(text.encode()) for column in (ids, texts, new) for text in column or ())
 
 
 def outlook_of(stage: str, plan: Plan, place: Place, tally: Tally, width: int) -> Outlook:
@@ -64,21 +75,26 @@ def outlook_of(stage: str, plan: Plan, place: Place, tally: Tally, width: int) -
     packed = f" compressed by {layout.compression} (sizes before that)" if layout.compression else ""
     what = f"{counted(tally.n_rows, 'passage')} of {plan.source['name']}, stored as {plan.conversion.stored}"
     if n_lacking == text_bytes == 0:
-        return Outlook(stage=stage, what=(f"{what}: all are there already, nothing is written",))
+        there = "all files are there; the command checks them, and writes again what is damaged"
+        return Outlook(stage=stage, what=(f"{what}: {there}",))
+    disk = {
+        plan.site: n_lacking * layout.shard_bytes,
+        RECORDS: round(n_lacking * (layout.shard_rows * RECORD_BYTES + width * STATISTICS_BYTES)),
+        "passages, before compression": text_bytes,
+    }
+    is_tight = not address_of(place.name) and sum(disk.values()) > free_bytes(place.folder)
+    warning = ("  it fits only if the passages compress well: they are written first",) if is_tight else ()
     return Outlook(
         stage=stage,
         what=(
             f"{what}{packed}:",
             f"  {plan.site:32} D {width:6,}  {n_lacking * layout.shard_bytes / 2**20:12,.1f} MiB in "
             f"{counted(n_lacking, 'shard')} of {layout.shard_rows:,}",
+            *warning,
         ),
         folder=Path(place.name),
         amounts={"max_rows": tally.n_rows},
         unit="passage",
-        disk={
-            plan.site: n_lacking * layout.shard_bytes,
-            RECORDS: round(n_lacking * layout.shard_rows * RECORD_BYTES),
-            "passages, before compression": text_bytes,
-        },
+        disk=disk,
         n_files=n_lacking * FILES_PER_SHARD + FILES_PER_SITE + FILES_PER_STORE + TEXT_FILES,
     )

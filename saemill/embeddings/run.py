@@ -44,7 +44,6 @@ def run(config: ImportConfig) -> ActivationStore:
         StoreError: the output holds other files.
         Interrupted: a signal came; the same call goes on.
     """
-    speak_for(World.here())
     place, source, table, plan, width = _prepared(config)
     with (
         stop_on_signal() as stop,
@@ -80,6 +79,7 @@ def outlook(config: ImportConfig) -> Outlook:
 
 def _prepared(config: ImportConfig) -> tuple[Place, Source, Table | None, Plan, int]:
     """Open the source and plan the store. Returns also the width of its vectors."""
+    speak_for(World.here())
     place = place_of(config.out)
     settings.check_folder(place.folder)
     source, table = _open(config)

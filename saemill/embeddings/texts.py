@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
+from saemill.common import durable
 from saemill.common.errors import ConfigError, DataError
 from saemill.embeddings.rows import Rows, Source
 from saemill.embeddings.tables import Table, choose_column, strings
@@ -42,15 +43,17 @@ class TextsById:
 
     Raises:
         DataError: an id occurs twice.
+        DiskError: the disk is full.
     """
 
     def __init__(self, table: Table, id_column: str, text_column: str, scratch: Path) -> None:
         self.table = table
-        self._database = sqlite3.connect(scratch)
-        self._database.execute("PRAGMA journal_mode=OFF")
-        self._database.execute("CREATE TABLE texts (id TEXT PRIMARY KEY, text TEXT) WITHOUT ROWID")
-        for pairs in _pairs(table, id_column, text_column):
-            self._insert(pairs)
+        with durable.writing(scratch):
+            self._database = sqlite3.connect(scratch)
+            self._database.execute("PRAGMA journal_mode=OFF")
+            self._database.execute("CREATE TABLE texts (id TEXT PRIMARY KEY, text TEXT) WITHOUT ROWID")
+            for pairs in _pairs(table, id_column, text_column):
+                self._insert(pairs)
 
     def _insert(self, pairs: list[tuple[str, str]]) -> None:
         for pair in pairs:

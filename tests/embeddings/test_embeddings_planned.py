@@ -1,5 +1,6 @@
 """What `import-activations` and `embed` tell with --dry-run."""
 
+import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from command_line import call
 from crashes import file_hashes
 from importing import taken, with_texts
 
-from saemill.common.errors import ConfigError
+from saemill.common.errors import ConfigError, DiskError
 from saemill.embeddings.config import ImportConfig
 from saemill.embeddings.run import outlook
 
@@ -40,6 +41,22 @@ def test_a_dry_run_tells_what_is_written(dtype: str, tmp_path: Path) -> None:
     assert planned.n_files == len(file_hashes(store.path))
     again = outlook(config)
     assert again.disk_bytes == 0
-    assert "all are there already" in again.what[0]
+    assert "all files are there" in again.what[0]
     with pytest.raises(ConfigError, match="shard_tokens: there 256, now 512"):
         outlook(replace(config, shard_rows=512))
+
+
+def test_a_disk_too_small_for_the_texts_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: SQLite's own error, of a file that may have three pages."""
+    connect = sqlite3.connect
+
+    def small(file: Path) -> sqlite3.Connection:
+        database = connect(file)
+        database.execute("PRAGMA max_page_count=3")
+        return database
+
+    with_texts(tmp_path, 600)
+    monkeypatch.setattr(sqlite3, "connect", small)
+    source, texts = (str(tmp_path / f"{name}.parquet") for name in ("ids", "apart"))
+    with pytest.raises(DiskError, match="no room on the disk"):
+        taken(source, tmp_path / "acts", texts=texts)

@@ -114,6 +114,10 @@ def test_a_checkpoint_of_other_shapes_is_told(
         ),
         ("5", "must be a group of settings"),
         (
+            "{architecture: jumprelu, num_latents: 48, preact_coefficient: high, k_aux: 3}",
+            "variants[0].preact_coefficient must be a number, got 'high'",
+        ),
+        (
             "{k: 3, num_latents: 48}, "
             "{architecture: jumprelu, num_latents: 48, preact_coefficient: 0.1, k_aux: 3}",
             "k_aux has no effect with preact_coefficient",

@@ -80,7 +80,7 @@ class Loader:
         """Read batch number i.
 
         Returns: per site [T, D] as the store's rows are read, on the CPU. They may lie in a window's memory:
-        they stay until the next batch is asked for, and are not to be written to.
+        they stay until the loader is read again, and are not to be written to.
         """
         return self._decoded(self.stored(i))
 

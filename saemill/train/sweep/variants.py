@@ -83,7 +83,8 @@ def of_config(
     if of_run:
         of_architectures(config, config.architectures or tuple(s.config.architecture for s in of_run))
     variants = resolve(common, axes, config.variants, widths, n_steps, targets, sources, of_run)
-    if all(variant.preact_coefficient for variant in variants):
+    with_dead = [variant for variant in variants if applies("auxk_alpha", variant.architecture)]
+    if with_dead and all(variant.preact_coefficient for variant in with_dead):
         _without_auxk(name for name in OF_AUXK if getattr(config, name) != default_of(TrainConfig, name))
     if config.kernels == "triton" and any(variant.n_layers > 1 for variant in variants):
         raise ConfigError(
@@ -125,14 +126,16 @@ def resolve(
     """
     variants = []
     for i, (entry, source) in enumerate(entries_of(axes, explicit, sources, of_run)):
-        if {**_inherited(common, entry), **entry}.get("preact_coefficient"):
-            _without_auxk(name for name in OF_AUXK if name in entry)
+        of_auxk = [name for name in OF_AUXK if entry.get(name) is not None]
         predicted = None if source is None else (*source.sites, None, None)[1]
         entry.setdefault("target_site", targets.get(entry["site"], predicted))
         if source is not None:
             d, e = (_width(widths, entry[name] or entry["site"]) for name in ("site", "target_site"))
             fill_in(entry, source, common, d, e)
-        variants.append(_variant({**_inherited(common, entry), **entry}, widths, f"variants[{i}]", n_steps))
+        variant = _variant({**_inherited(common, entry), **entry}, widths, f"variants[{i}]", n_steps)
+        if variant.preact_coefficient:
+            _without_auxk(of_auxk)
+        variants.append(variant)
     names = [variant.name for variant in variants]
     for name in names:
         if names.count(name) > 1:
