@@ -280,6 +280,9 @@ def test_stores_that_no_model_computes_are_refused(
     config = CacheConfig(tokens=tokens.path, model=neox, out=tmp_path / "given", **OPTIONS)
     cache_run.run(config, given)
     (tmp_path / "given/layers.0/c/0/0").unlink()
+    told = problems(tmp_path / "given")[-1]
+    assert "--repair --model FOLDER`" in told
+    assert "`cache_activations` with the model" in told
     refused(tmp_path / "given", r"was cached from a model in memory \(.*\); name that model with --model")
 
 

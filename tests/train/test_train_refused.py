@@ -43,6 +43,10 @@ from saemill.train.run import run
             {"architecture": ("jumprelu",), "k": (), "preact_coefficient": 3e-6, "k_aux": 3},
             "k_aux has no effect with preact_coefficient",
         ),
+        (  # relu has no AuxK
+            {"architecture": ("jumprelu", "relu"), "k": (), "preact_coefficient": 3e-6, "k_aux": 3},
+            "k_aux has no effect with preact_coefficient",
+        ),
     ],
 )
 def test_refusals(store: ActivationStore, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
